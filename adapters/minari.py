@@ -1,0 +1,411 @@
+"""Reader and writer for Minari data sets."""
+
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from cql_plugins.adapters._steps import announce
+from cql_plugins.adapters._tree import Array, map_leaves, named_leaves
+from cql_plugins.adapters._validation import (
+    DatasetError,
+    Flags,
+    Where,
+    check_flags,
+    check_rewards,
+    check_structure,
+    check_supported_space,
+    check_tree,
+    require_extra,
+    resolve_both_flags,
+)
+from cql_plugins.adapters.dataset import OfflineDataset
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+
+_UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, AssertionError, StopIteration)
+"""What Minari's storages let through where files are cut off or fields are missing."""
+
+
+def from_minari(
+    id_or_dataset: "str | MinariDataset",
+    download: bool = False,
+    *,
+    name: str | None = None,
+    references: tuple[float, float] | None = None,
+    prefer_termination: bool = False,
+) -> OfflineDataset:
+    """Read a Minari data set, whatever its storage (HDF5, Arrow or Parquet).
+
+    An episode that ends with neither flag counts as truncated; one with as many observations as actions lacks its last
+    observation, and is treated as `from_arrays` treats data without next observations; a flag inside an episode splits
+    it. Each of these is counted in a warning.
+
+    Args:
+        id_or_dataset: An id such as `"D4RL/door/human-v2"`, or a `minari.MinariDataset` (also one that was filtered or
+            split).
+        download: Fetch the id where it is not on disk.
+        name: Name of the result; the id where not given.
+        references: Returns of a random and of an expert policy; where not given those in the data set's metadata, then
+            those looked up by its id and environment.
+        prefer_termination: Read a step with both flags as terminated instead of refusing it.
+
+    Returns:
+        The data set, with Minari's spaces and dtypes.
+
+    Raises:
+        DatasetError: If the id is not on disk (with the command that fetches it), the files cannot be read, a field is
+            missing, or the data is not valid; episode and row are named.
+        ImportError: If Minari or what its storage needs is not installed.
+    """
+    minari = _import_minari()
+    dataset = id_or_dataset
+    if isinstance(dataset, str):
+        dataset = _load(minari, dataset, download)
+    name = name or dataset.id
+    where = Where(str(dataset.id))
+    check_supported_space(dataset.observation_space, "observations", where)
+    check_supported_space(dataset.action_space, "actions", where)
+    reader = _EpisodeReader(dataset, where, prefer_termination)
+    reader.read()
+    announce(where.source, reader.notes(), stacklevel=3)
+    return reader.build(name, references or _stored_references(dataset))
+
+
+def _import_minari() -> Any:
+    try:
+        import minari
+    except ImportError as error:
+        raise require_extra("minari", "minari", error) from error
+    return minari
+
+
+def _load(minari: Any, dataset_id: str, download: bool) -> Any:
+    try:
+        return minari.load_dataset(dataset_id, download=download)
+    except FileNotFoundError as error:
+        raise DatasetError(
+            "expected a data set on this machine, there is none with this id",
+            source=dataset_id,
+            hint=f"Fetch it with `minari download {dataset_id}`, or pass download=True",
+        ) from error
+    except ImportError as error:
+        raise require_extra("the data set's storage", "minari", error) from error
+    except _UNREADABLE as error:
+        raise DatasetError(f"Minari cannot open it: {error}", source=dataset_id) from error
+
+
+def _stored_references(dataset: Any) -> tuple[float, float] | None:
+    metadata = dataset.storage.metadata
+    low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return None if low is None or high is None else (float(low), float(high))
+
+
+class _GrowingArray:
+    """An array that rows are appended to; `capacity` is an estimate, and right for every data set in order."""
+
+    def __init__(self, like: Array, capacity: int) -> None:
+        self._values = np.empty((max(capacity, len(like)), *like.shape[1:]), dtype=like.dtype)
+        self._size = 0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the rows."""
+        return self._values.dtype
+
+    def append(self, rows: Array) -> None:
+        """Copy `rows` to the end."""
+        needed = self._size + len(rows)
+        if needed > len(self._values):
+            grown = np.empty((needed + needed // 2, *self._values.shape[1:]), dtype=self._values.dtype)
+            grown[: self._size] = self._values[: self._size]
+            self._values = grown
+        self._values[self._size : needed] = rows
+        self._size = needed
+
+    def finish(self) -> Array:
+        """Return the rows, without a copy unless much of the capacity was not used."""
+        rows = self._values[: self._size]
+        return rows if 8 * self._size >= 7 * len(self._values) else rows.copy()
+
+
+class _EpisodeReader:
+    """Reads episodes one at a time into flat arrays, so that the data is in memory once."""
+
+    def __init__(self, dataset: Any, where: Where, prefer_termination: bool) -> None:
+        self.dataset = dataset
+        self.where = where
+        self.prefer_termination = prefer_termination
+        self.fields: dict[str, Any] = {}
+        self.unflagged: list[bool] = []
+        self.n_unflagged = self.n_dropped = self.n_split = self.n_steps = 0
+
+    def read(self) -> None:
+        """Append every episode."""
+        for index, episode in self._episodes():
+            try:
+                self._read_episode(episode, Where(self.where.source, episode=index))
+            except KeyError as error:
+                raise self.where.error(f"expected the field {error}, it is missing") from error
+        if "rewards" not in self.fields:
+            raise self.where.error("expected at least one usable transition, got none")
+
+    def _episodes(self) -> "Iterator[tuple[int, Any]]":
+        """Yield `(number, episode)`; whatever Minari raises while reading becomes an error that names the episode."""
+        n_episodes = int(self.dataset.total_episodes)
+        iterator = iter(self.dataset.iterate_episodes())
+        for index in range(n_episodes):
+            try:
+                episode = next(iterator)
+            except _UNREADABLE as error:
+                raise DatasetError(
+                    f"Minari cannot read this episode ({type(error).__name__}: {error})",
+                    source=self.where.source,
+                    episode=index,
+                    hint=f"The files under {self.dataset.spec.data_path} may be cut off or lack a field; fetch them again",
+                ) from error
+            yield index, episode
+
+    def _read_episode(self, episode: Any, where: Where) -> None:
+        rewards = check_rewards(episode.rewards, None, "rewards", where)
+        n_steps = len(rewards)
+        if not n_steps:
+            raise where.error("expected at least one step, got an empty episode", field="rewards")
+        terminations = check_flags(episode.terminations, n_steps, "terminations", where).copy()
+        truncations = check_flags(episode.truncations, n_steps, "truncations", where)
+        truncations = resolve_both_flags(
+            terminations, truncations, ("terminations", "truncations"), where, self.prefer_termination
+        ).copy()
+        observations = map_leaves(np.asarray, episode.observations)
+        actions = np.asarray(episode.actions)
+        check_tree(actions, self.dataset.action_space, n_steps, "actions", where)
+        n_observed = self._check_observations(observations, n_steps, where)
+
+        unflagged = not (terminations[-1] or truncations[-1])
+        self.n_unflagged += unflagged
+        self.n_steps += n_steps
+        if unflagged:
+            truncations[-1] = True
+        if n_observed == n_steps:
+            if terminations[-1]:
+                observations = map_leaves(lambda leaf: np.concatenate((leaf, leaf[-1:])), observations)
+            else:
+                self.n_dropped += 1
+                n_steps -= 1
+                if not n_steps:
+                    return
+                truncations[n_steps - 1] = not terminations[n_steps - 1]
+        rows = slice(0, n_steps)
+        self._append(observations, actions[rows], rewards[rows], terminations[rows], truncations[rows], unflagged=unflagged)
+
+    def _check_observations(self, observations: Any, n_steps: int, where: Where) -> int:
+        """Check values, and return the number of observations: `T + 1`, or `T` where the last one was not stored."""
+        space = self.dataset.observation_space
+        check_structure(observations, space, "observations", where)
+        lengths = {len(leaf) if getattr(leaf, "ndim", 0) else 0 for _, leaf in named_leaves(observations, "")}
+        n_observed = n_steps if lengths == {n_steps} else n_steps + 1
+        check_tree(observations, space, n_observed, "observations", where)
+        return n_observed
+
+    def _append(
+        self,
+        observations: Any,
+        actions: Array,
+        rewards: Array,
+        terminations: Flags,
+        truncations: Flags,
+        *,
+        unflagged: bool,
+    ) -> None:
+        ends = np.flatnonzero(terminations | truncations)
+        self.n_split += len(ends) - 1
+        self.unflagged += [False] * (len(ends) - 1) + [unflagged]
+        if len(ends) > 1:
+            # The observation between two parts is the last of one and the first of the other.
+            rows = np.repeat(np.arange(len(rewards) + 1), np.isin(np.arange(len(rewards) + 1), ends[:-1] + 1) + 1)
+            observations = map_leaves(lambda leaf: leaf[rows], observations)
+        parts = {
+            "observations": observations,
+            "actions": actions,
+            "rewards": rewards,
+            "terminations": terminations,
+            "truncations": truncations,
+        }
+        for field, values in parts.items():
+            if field not in self.fields:
+                extra = self.dataset.total_episodes if field == "observations" else 0
+                capacity = int(self.dataset.total_steps + extra)
+                self.fields[field] = map_leaves(lambda leaf, n=capacity: _GrowingArray(leaf, n), values)
+            self._append_field(field, values)
+
+    def _append_field(self, field: str, values: Any) -> None:
+        targets = dict(named_leaves(self.fields[field], field))
+        for key, leaf in named_leaves(values, field):
+            if leaf.dtype != targets[key].dtype:
+                raise self.where.error(
+                    f"expected dtype {targets[key].dtype} as in the first episode, got {leaf.dtype}", field=key
+                )
+            targets[key].append(leaf)
+
+    def notes(self) -> list[str]:
+        """Say what was not in order."""
+        notes = []
+        if self.n_steps != self.dataset.total_steps:
+            # Seen where a storage hands out a very long episode in pieces.
+            notes.append(f"the metadata counts {self.dataset.total_steps} steps, the episodes hold {self.n_steps}")
+        if self.n_unflagged:
+            notes.append(f"{self.n_unflagged} episode(s) end with neither flag, taken as truncated")
+        if self.n_dropped:
+            notes.append(
+                f"{self.n_dropped} transition(s) at the end of truncated episodes were dropped, since the observation after "
+                "them is not given"
+            )
+        if self.n_split:
+            notes.append(f"{self.n_split} flag(s) inside an episode, it is split there")
+        return notes
+
+    def build(self, name: str, references: tuple[float, float] | None) -> OfflineDataset:
+        """Hand over the arrays."""
+        env_spec = self.dataset.env_spec
+        return OfflineDataset._trusted(
+            **{field: map_leaves(lambda values: values.finish(), tree) for field, tree in self.fields.items()},
+            unflagged=np.array(self.unflagged, dtype=np.bool_),
+            observation_space=self.dataset.observation_space,
+            action_space=self.dataset.action_space,
+            name=name,
+            env_id=None if env_spec is None else env_spec.id,
+            references=references,
+        )
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+class _SpecOnlyEnv(gym.Env[Any, Any]):
+    """Stands for the environment in Minari's metadata, which would otherwise build it to ask for its spaces."""
+
+    def __init__(self, dataset: OfflineDataset, spec: Any) -> None:
+        self.spec = spec
+        self.observation_space = dataset.observation_space
+        self.action_space = dataset.action_space
+
+
+def to_minari(
+    dataset: OfflineDataset,
+    dataset_id: str,
+    *,
+    data_format: str = "hdf5",
+    algorithm_name: str | None = None,
+    author: str | set[str] | None = None,
+    author_email: str | set[str] | None = None,
+    code_permalink: str | None = None,
+    description: str | None = None,
+) -> "MinariDataset":
+    """Store a data set in Minari's standard format, without loss; `from_minari` reads the same transitions back.
+
+    Images are stored raw, not as JPEG. The environment's id is stored where Gymnasium knows it, and reference returns
+    where this data set has them. An end that its source did not flag is stored as a truncation.
+
+    Args:
+        dataset: The data set.
+        dataset_id: Minari id of the form `namespace/name-v0`; must not exist.
+        data_format: `hdf5`, `arrow` or `parquet`.
+        algorithm_name: What collected the data.
+        author: Who collected the data.
+        author_email: How to reach them.
+        code_permalink: Link to the code that collected the data.
+        description: Free text.
+
+    Returns:
+        The stored `minari.MinariDataset`.
+
+    Raises:
+        DatasetError: If the id exists or is malformed, or Minari refuses the data. Nothing is left behind then.
+        ImportError: If Minari or what its storage needs is not installed.
+    """
+    minari = _import_minari()
+    from minari.storage import get_dataset_path
+
+    path = Path(get_dataset_path(dataset_id))
+    if path.exists():
+        raise DatasetError(
+            f"expected an id that is not taken, there is a data set at {path}",
+            source=dataset_id,
+            hint="Choose another name or version, or remove it with minari.delete_dataset",
+        )
+    created = _outermost_missing(path)
+    space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
+    try:
+        with warnings.catch_warnings():
+            # Minari asks for each piece of metadata that was not given; here leaving one out is the caller's choice.
+            warnings.filterwarnings("ignore", message=r".*is set to None", category=UserWarning)
+            warnings.filterwarnings("ignore", message="env_spec is None", category=UserWarning)
+            stored = minari.create_dataset_from_buffers(
+                dataset_id,
+                [_to_buffer(episode, space_of) for episode in dataset],
+                env=_spec_only_env(dataset),
+                observation_space=dataset.observation_space,
+                action_space=dataset.action_space,
+                algorithm_name=algorithm_name,
+                author=author,
+                author_email=author_email,
+                code_permalink=code_permalink,
+                description=description,
+                data_format=data_format,
+                jpeg_encoding=False,
+            )
+            if dataset.references is not None:
+                # Given to the call above, they would make Minari build the environment and run a random policy in it.
+                low, high = dataset.references
+                stored.storage.update_metadata({"ref_min_score": low, "ref_max_score": high})
+    except BaseException as error:
+        shutil.rmtree(created, ignore_errors=True)
+        if isinstance(error, ImportError):
+            raise require_extra(f"Minari's {data_format} storage", "minari", error) from error
+        if isinstance(error, Exception) and not isinstance(error, DatasetError):
+            raise DatasetError(f"Minari cannot store it: {error}", source=dataset_id) from error
+        raise
+    return stored
+
+
+def _outermost_missing(path: Path) -> Path:
+    """Return the topmost folder that has to be made for `path` to exist."""
+    while not path.parent.exists():
+        path = path.parent
+    return path
+
+
+def _spec_only_env(dataset: OfflineDataset) -> _SpecOnlyEnv | None:
+    if dataset.env_id is None:
+        return None
+    try:
+        return _SpecOnlyEnv(dataset, gym.spec(dataset.env_id))
+    except gym.error.Error:
+        return None
+
+
+def _to_buffer(episode: Any, space_of: Mapping[str, spaces.Space[Any]]) -> Any:
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+
+    return EpisodeBuffer(
+        observations=_as_stored(episode.observations, space_of["observations"]),
+        actions=_as_stored(episode.actions, space_of["actions"]),
+        rewards=episode.rewards,
+        terminations=episode.terminations,
+        truncations=episode.truncations,
+    )
+
+
+def _as_stored(values: Any, space: spaces.Space[Any]) -> Any:
+    """Give values the dtype of their space where that loses nothing: Arrow has one dtype per column, that of the space."""
+    if isinstance(space, spaces.Dict):
+        return {key: _as_stored(values[key], subspace) for key, subspace in space.spaces.items()}
+    if not np.can_cast(values.dtype, space.dtype, casting="safe"):
+        raise DatasetError(f"expected values of the dtype of {space} or a narrower one, got {values.dtype}")
+    return values.astype(space.dtype, copy=False)

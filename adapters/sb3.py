@@ -1,0 +1,337 @@
+"""Reader and writer for Stable-Baselines3 replay buffers."""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from cql_plugins.adapters._steps import Steps, dataset_from_steps
+from cql_plugins.adapters._tree import Array, map_leaves, row_blocks, row_nbytes
+from cql_plugins.adapters._validation import DatasetError, require_extra
+from cql_plugins.adapters.dataset import OfflineDataset
+from cql_plugins.returns import ReturnTail
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.buffers import ReplayBuffer
+
+    from cql_plugins.sb3.buffers import ReturnsToGoMixin
+
+
+def to_sb3(
+    dataset: OfflineDataset,
+    model_or_env: Any,
+    *,
+    gamma: float | None = None,
+    return_tail: ReturnTail | None = None,
+    n_steps: int | None = None,
+    device: Any = None,
+) -> "ReturnsToGoMixin":
+    """Fill a replay buffer for a Stable-Baselines3 model or environment.
+
+    The buffer is a subclass of SB3's own (`ReplayBuffer`, `DictReplayBuffer`, or `NStepReplayBuffer` for `n_steps >
+    1`), full, with one environment, and as SB3 fills it: actions scaled to [-1, 1] by the bounds of the model's action
+    space, raw observations, `dones` at every end of an episode and `timeouts` at truncated ones. Channel-last images
+    are transposed where the model has them channel-first.
+
+    Action values outside the bounds are clipped, and counted in one warning. Where bounds are exactly -1 and 1 the
+    values are copied as they are, since SB3's scaling formula would round them.
+
+    Args:
+        dataset: The data set.
+        model_or_env: A model (its `gamma`, `n_steps`, `return_tail` and `device` are the defaults here), or a Gymnasium
+            or SB3 environment, vectorised or not.
+        gamma: Discount factor of the returns-to-go and of n-step returns; 0.99 where the model does not say.
+        return_tail: What follows a truncated end, see `OfflineDataset.returns_to_go`; "zero" where the model does not
+            say. With "bootstrap" all returns are -inf until the algorithm estimates them.
+        n_steps: Steps of n-step returns; 1 where the model does not say.
+        device: Device that samples go to; "auto" where the model does not say.
+
+    Returns:
+        The buffer, with `returns_to_go` of shape `(len(dataset), 1)`.
+
+    Raises:
+        DatasetError: If the data set does not fit the spaces, which are both printed, or SB3 has no buffer for them.
+        ImportError: If Stable-Baselines3 is not installed.
+    """
+    base = _buffer_base(dataset, model_or_env, n_steps := _setting(n_steps, model_or_env, "n_steps", 1))
+    from cql_plugins.sb3.buffers import returns_to_go_buffer_class
+
+    observation_space, action_space = _spaces_of(model_or_env)
+    _check_fit(dataset, observation_space, action_space)
+    gamma = float(_setting(gamma, model_or_env, "gamma", 0.99))
+    tail = _setting(return_tail, model_or_env, "return_tail", "zero")
+    # Before the buffer takes its memory: summing returns needs room of its own.
+    returns = None if tail == "bootstrap" else dataset.returns_to_go(gamma, tail)
+    buffer = returns_to_go_buffer_class(base)(
+        len(dataset),
+        observation_space,
+        action_space,
+        device=_setting(device, model_or_env, "device", "auto"),
+        n_envs=1,
+        **({"n_steps": n_steps, "gamma": gamma} if n_steps > 1 else {}),
+    )
+    buffer.configure_returns(gamma, tail)
+    _write_observations(dataset, buffer, observation_space)
+    _write_actions(dataset, buffer, action_space)
+    np.copyto(buffer.rewards[:, 0], dataset.rewards, casting="same_kind")
+    np.logical_or(dataset.terminations, dataset.truncations, out=buffer.dones[:, 0], casting="unsafe")
+    np.copyto(buffer.timeouts[:, 0], dataset.truncations)
+    buffer.returns_to_go[:, 0] = -np.inf if returns is None else returns
+    buffer.pos, buffer.full = 0, True
+    return buffer
+
+
+def _setting(given: Any, model: Any, attribute: str, default: Any) -> Any:
+    """Return what was given, else what the model has, else the default."""
+    if given is not None:
+        return given
+    value = getattr(model, attribute, None) if hasattr(model, "policy") or hasattr(model, "replay_buffer") else None
+    return default if value is None else value
+
+
+def _spaces_of(model_or_env: Any) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
+    """Return the spaces of one environment; a Gymnasium vector environment has those of the batch beside them."""
+    found = []
+    for kind in ("observation_space", "action_space"):
+        space = getattr(model_or_env, f"single_{kind}", None) or getattr(model_or_env, kind, None)
+        if not isinstance(space, spaces.Space):
+            raise DatasetError(
+                f"expected a Stable-Baselines3 model or an environment, got {type(model_or_env).__name__} without {kind}"
+            )
+        found.append(space)
+    return found[0], found[1]
+
+
+def _buffer_base(dataset: OfflineDataset, model_or_env: Any, n_steps: int) -> "type[ReplayBuffer]":
+    try:
+        from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+    except ImportError as error:
+        raise require_extra("stable_baselines3", "sb3", error) from error
+
+    if isinstance(dataset.observation_space, spaces.Dict):
+        if n_steps > 1:
+            raise DatasetError(
+                f"Stable-Baselines3 has no n-step buffer for dict observations, got n_steps={n_steps}",
+                hint="Use n_steps=1",
+            )
+        return DictReplayBuffer
+    return NStepReplayBuffer if n_steps > 1 else ReplayBuffer
+
+
+# Fit ------------------------------------------------------------------------------------------------------------------
+
+
+def _check_fit(dataset: OfflineDataset, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    for field, own, target in (
+        ("observation_space", dataset.observation_space, observation_space),
+        ("action_space", dataset.action_space, action_space),
+    ):
+        inferred = field in dataset.inferred_spaces
+        problem = _misfit(own, target, inferred) or (_degenerate_bounds(target) if field == "action_space" else _nested(target))
+        if problem:
+            raise DatasetError(
+                f"the data set does not fit: {problem}. Data set{' (inferred)' if inferred else ''}: {own}. "
+                f"Model or environment: {target}",
+                source=dataset.name or "OfflineDataset",
+                field=field,
+            )
+
+
+def _misfit(own: spaces.Space[Any], target: spaces.Space[Any], inferred: bool) -> str | None:
+    """Say why data of the space `own` cannot be used where `target` is expected; None if it can."""
+    if isinstance(own, spaces.Dict) and isinstance(target, spaces.Dict):
+        if set(own.spaces) != set(target.spaces):
+            return f"keys {sorted(own.spaces)} are not {sorted(target.spaces)}"
+        problems = [(key, _misfit(own[key], target[key], inferred)) for key in own.spaces]
+        return next((f"at key '{key}', {problem}" for key, problem in problems if problem), None)
+    if isinstance(own, spaces.Discrete) and isinstance(target, spaces.Discrete):
+        same = own.start == target.start and (own.n <= target.n if inferred else own.n == target.n)
+        return None if same else "the ranges of integers differ"
+    if isinstance(own, spaces.Box) and isinstance(target, spaces.Box):
+        return _box_misfit(own, target, inferred)
+    return f"{type(own).__name__} is not {type(target).__name__}"
+
+
+def _box_misfit(own: spaces.Box, target: spaces.Box, inferred: bool) -> str | None:
+    if own.dtype.kind != target.dtype.kind or (own.dtype.kind != "f" and own.dtype != target.dtype):
+        return f"dtype {own.dtype} is not {target.dtype}"
+    if own.shape != target.shape and not _is_transposed(own, target):
+        return f"shape {own.shape} is not {target.shape}"
+    if inferred or own.shape != target.shape:
+        return None
+    for side in ("low", "high"):
+        ours, theirs = getattr(own, side).astype(np.float64), getattr(target, side).astype(np.float64)
+        # Many environments declare no bounds for what does have some, so a missing bound contradicts nothing.
+        both = np.isfinite(ours) & np.isfinite(theirs)
+        if not np.allclose(ours[both], theirs[both], rtol=1e-5, atol=1e-6):
+            return f"the bounds '{side}' differ, so the values are in other units"
+    return None
+
+
+def _is_transposed(own: spaces.Box, target: spaces.Box) -> bool:
+    """Tell whether `target` is the channel-first form of channel-last images."""
+    if own.dtype != np.uint8 or len(own.shape) != 3 or own.shape == target.shape:
+        return False
+    return target.shape == (own.shape[2], *own.shape[:2])
+
+
+def _nested(space: spaces.Space[Any]) -> str | None:
+    nested = isinstance(space, spaces.Dict) and any(isinstance(s, spaces.Dict | spaces.Tuple) for s in space.values())
+    return "Stable-Baselines3 has no buffer for nested dict observations, flatten them first" if nested else None
+
+
+def _degenerate_bounds(space: spaces.Space[Any]) -> str | None:
+    if isinstance(space, spaces.Box):
+        span = space.high.astype(np.float64) - space.low
+        if not np.all(np.isfinite(span) & (span > 0)):
+            return "actions cannot be scaled without finite bounds, low below high"
+    return None
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _write_observations(dataset: OfflineDataset, buffer: Any, space: spaces.Space[Any]) -> None:
+    current, following = buffer.observations, buffer.next_observations
+    if isinstance(space, spaces.Dict):
+        pairs = [(dataset.observations[key], current[key], following[key]) for key in space.spaces]
+    else:
+        pairs = [(dataset.observations, current, following)]
+    for source, target, next_target in pairs:
+        if source.ndim == 4 and source.shape[1:] != target.shape[2:]:
+            source = np.moveaxis(source, 3, 1)
+        # Discrete observations are kept with a trailing axis of one.
+        source = source.reshape(len(source), *target.shape[2:])
+        for start, stop in row_blocks(len(dataset), row_nbytes(source)):
+            rows = dataset.observation_rows(np.arange(start, stop))
+            target[start:stop, 0] = source[rows]
+            rows += 1
+            next_target[start:stop, 0] = source[rows]
+
+
+def _write_actions(dataset: OfflineDataset, buffer: Any, space: spaces.Space[Any]) -> None:
+    source = dataset.actions.reshape(len(dataset), -1)
+    target = buffer.actions[:, 0]
+    if not isinstance(space, spaces.Box):
+        target[...] = source
+        return
+    low, high = (bound.reshape(-1).astype(np.float64) for bound in (space.low, space.high))
+    as_they_are = bool(np.all(low == -1) and np.all(high == 1))
+    clipped_rows = clipped_values = 0
+    for start, stop in row_blocks(len(source), 2 * row_nbytes(source)):
+        block = target[start:stop]
+        block[...] = source[start:stop] if as_they_are else 2.0 * ((source[start:stop] - low) / (high - low)) - 1.0
+        # At the buffer's precision, so that a bound that was rounded is not taken for a value outside.
+        if block.max() > 1.0 or block.min() < -1.0:
+            outside = np.abs(block) > 1.0
+            clipped_values += int(outside.sum())
+            clipped_rows += int(outside.any(axis=1).sum())
+            np.clip(block, -1.0, 1.0, out=block)
+    if clipped_values:
+        warnings.warn(
+            f"{dataset.name or 'OfflineDataset'}: {clipped_values} action value(s) in {clipped_rows} of {len(dataset)} "
+            f"transitions lie outside {space} and were clipped.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def from_sb3(
+    replay_buffer: "ReplayBuffer",
+    *,
+    name: str | None = None,
+    env_id: str | None = None,
+    references: tuple[float, float] | None = None,
+) -> OfflineDataset:
+    """Read what a Stable-Baselines3 replay buffer holds, with any number of environments.
+
+    Environments follow one another, each from its oldest step to its newest; actions are scaled back from [-1, 1] to
+    the action space. An episode that is still running, and one that was broken off by a reset, count as truncated; a
+    warning says how many. An oldest episode whose first steps were overwritten starts where the buffer does.
+
+    With `optimize_memory_usage=True` SB3 does not keep the observation after the newest step of an ended episode, and
+    does not tell time-outs from terminations: every end is then a termination, as it is for SB3 itself.
+
+    Args:
+        replay_buffer: A `ReplayBuffer`, `DictReplayBuffer` or subclass, also one made by `to_sb3`.
+        name: Name for reports, and an id to look reference returns up by.
+        env_id: Id of the environment that the data comes from.
+        references: Returns of a random and of an expert policy, in place of those looked up.
+
+    Returns:
+        The data set, a copy.
+
+    Raises:
+        DatasetError: If the buffer is empty or holds invalid values.
+    """
+    source = name or type(replay_buffer).__name__
+    if not replay_buffer.size():
+        raise DatasetError("expected at least one step, got an empty buffer", source=source)
+    overlapping = bool(getattr(replay_buffer, "optimize_memory_usage", False))
+    rows = _rows_in_order(replay_buffer, overlapping)
+    observation_space, action_space = replay_buffer.observation_space, replay_buffer.action_space
+
+    def column(array: Array) -> Array:
+        """Stack the environments on top of each other."""
+        picked = array[rows].swapaxes(0, 1)
+        return np.ascontiguousarray(picked).reshape(-1, *array.shape[2:])
+
+    dones, timeouts = (column(flags) != 0 for flags in (replay_buffer.dones, replay_buffer.timeouts))
+    n_envs = int(replay_buffer.n_envs)
+    steps = Steps(
+        observations=_in_space_shape(_map(column, replay_buffer.observations), observation_space),
+        actions=_unscale(column(replay_buffer.actions), action_space),
+        rewards=column(replay_buffer.rewards),
+        terminations=dones & ~timeouts,
+        truncations=dones & timeouts,
+        next_observations=None
+        if overlapping
+        else _in_space_shape(_map(column, replay_buffer.next_observations), observation_space),
+        segment_ends=len(rows) * np.arange(1, n_envs + 1) - 1,
+        source=source,
+    )
+    return dataset_from_steps(
+        steps,
+        observation_space=observation_space,
+        action_space=action_space,
+        name=name,
+        env_id=env_id,
+        references=references,
+    )
+
+
+def _rows_in_order(replay_buffer: Any, overlapping: bool) -> npt.NDArray[np.int64]:
+    """Rows from the oldest to the newest."""
+    if not replay_buffer.full:
+        return np.arange(replay_buffer.pos)
+    rows = (np.arange(replay_buffer.buffer_size) + replay_buffer.pos) % replay_buffer.buffer_size
+    # With one array for both, the observation of the oldest step was overwritten by the one after the newest.
+    return rows[1:] if overlapping else rows
+
+
+def _map(function: Any, tree: Any) -> Any:
+    return map_leaves(function, dict(tree) if isinstance(tree, dict) else tree)
+
+
+def _in_space_shape(values: Any, space: spaces.Space[Any]) -> Any:
+    """Undo the trailing axis that SB3 gives to Discrete observations."""
+    if isinstance(space, spaces.Dict):
+        return {key: _in_space_shape(values[key], subspace) for key, subspace in space.spaces.items()}
+    return values.reshape(len(values), *(space.shape or ()))
+
+
+def _unscale(actions: Array, space: spaces.Space[Any]) -> Array:
+    """Bring actions back from [-1, 1] to the space; integers back from however they were stored."""
+    shaped = actions.reshape(len(actions), *(space.shape or ()))
+    if not isinstance(space, spaces.Box):
+        integers: Array = np.rint(shaped).astype(space.dtype or np.int64)
+        return integers
+    if np.all(space.low == -1) and np.all(space.high == 1):
+        return shaped.astype(space.dtype)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return np.clip(low + 0.5 * (shaped + 1.0) * (high - low), low, high).astype(space.dtype)

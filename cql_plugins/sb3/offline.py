@@ -1,0 +1,438 @@
+"""What an SB3 off-policy algorithm needs to learn from a dataset first and online afterwards.
+
+Nothing here knows CQL: the mixin adds the offline loop, the mixing of offline and online batches, and their bookkeeping to any
+``OffPolicyAlgorithm``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.preprocessing import (
+    check_for_nested_spaces,
+    is_image_space,
+    is_image_space_channels_first,
+)
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
+from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from cql_plugins.returns import discounted_suffix_sum
+from cql_plugins.sb3.buffers import ReturnsToGoMixin
+from cql_plugins.sb3.metrics import MetricsMean
+
+SelfOffline = TypeVar("SelfOffline", bound="OfflineMixin")
+_UNTOUCHED_COUNT = 0.5
+"""``RunningMeanStd`` starts with a count of 1e-4; a first observation brings it above 1."""
+
+
+@runtime_checkable
+class OfflineData(Protocol):
+    """Anything that can write itself into an SB3 replay buffer for a model; ``OfflineDataset`` can."""
+
+    def to_sb3(
+        self, model_or_env: Any, *, gamma: float | None = None, return_tail: Any = None, n_steps: int | None = None
+    ) -> ReplayBuffer:
+        """Return a replay buffer in the form that ``model_or_env`` trains on."""
+
+
+class Batch(NamedTuple):
+    """One training batch, whatever buffers it came from.
+
+    Attributes:
+        observations: Shape ``(B, ...)`` or a dict of such.
+        actions: Shape ``(B, A)``, scaled to ``[-1, 1]``.
+        next_observations: As ``observations``.
+        dones: 1 where the episode terminated, shape ``(B, 1)``.
+        rewards: Shape ``(B, 1)``.
+        discounts: ``gamma^k``, shape ``(B, 1)``, or ``None`` for ``gamma``.
+        returns_to_go: ``G(s)``, shape ``(B, 1)``, or ``None`` where the buffers carry none.
+    """
+
+    observations: th.Tensor | TensorDict
+    actions: th.Tensor
+    next_observations: th.Tensor | TensorDict
+    dones: th.Tensor
+    rewards: th.Tensor
+    discounts: th.Tensor | None
+    returns_to_go: th.Tensor | None
+
+
+class OfflineProgressBarCallback(ProgressBarCallback):
+    """SB3's progress bar with gradient steps as its clock."""
+
+    def _on_step(self) -> bool:
+        self.pbar.update(1)
+        return True
+
+
+class OfflineMixin(OffPolicyAlgorithm):
+    """Offline pre-training and offline-to-online fine-tuning for an SB3 off-policy algorithm.
+
+    Attributes:
+        offline_buffer: The dataset as a replay buffer, ``None`` before there is one. Never saved with the model.
+        offline_fraction: Share of each online batch that comes from the dataset.
+    """
+
+    offline_buffer: ReplayBuffer | None
+    offline_fraction: float | Literal["proportional"]
+
+    def _init_offline(self, offline_fraction: float | Literal["proportional"]) -> None:
+        if offline_fraction != "proportional" and not (
+            isinstance(offline_fraction, (int, float)) and 0.0 <= offline_fraction <= 1.0
+        ):
+            raise ValueError(f"offline_fraction must be in [0, 1] or 'proportional'; got {offline_fraction!r}.")
+        self.offline_fraction = offline_fraction
+        self.offline_buffer = None
+        self._metrics = MetricsMean()
+        self._n_offline_steps = 0
+        # The count of environment steps while gradient steps are the clock.
+        self._num_timesteps_online: int | None = None
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    def set_offline_data(self: SelfOffline, dataset: OfflineData | ReplayBuffer) -> SelfOffline:
+        """Give the model the data for offline training and for the offline part of online batches.
+
+        The dataset is never saved inside the model: after ``load``, call this before going on. Where ``VecNormalize`` has seen
+        nothing yet, its statistics are set from the data.
+
+        Args:
+            dataset: An ``OfflineDataset``, or an SB3 replay buffer (actions scaled to ``[-1, 1]``, raw observations).
+
+        Returns:
+            The model.
+
+        Raises:
+            TypeError: If the dataset is neither.
+            ValueError: If it is empty or does not fit the model's spaces.
+        """
+        if isinstance(dataset, ReplayBuffer):
+            buffer = dataset
+            for name in ("observation_space", "action_space"):
+                ours, theirs = getattr(self, name), getattr(buffer, name)
+                if not _same_form(ours, theirs):
+                    raise ValueError(
+                        f"The replay buffer's {name} does not fit the model's: expected {ours}, got {theirs}. "
+                        "Build the buffer with the model's spaces."
+                    )
+        elif isinstance(dataset, OfflineData):
+            tail = getattr(self, "return_tail", None)
+            buffer = dataset.to_sb3(self, gamma=self.gamma, return_tail=tail, n_steps=self.n_steps)
+        else:
+            raise TypeError(
+                "dataset must be an OfflineDataset (see cql_plugins.adapters.from_minari, from_d4rl, from_arrays) or an SB3 "
+                f"ReplayBuffer; got {type(dataset).__name__}."
+            )
+        if buffer.size() == 0:
+            raise ValueError("The dataset is empty: at least one transition is needed.")
+        if self.n_steps > 1 and not isinstance(buffer, NStepReplayBuffer):
+            raise ValueError(
+                f"The model uses n_steps={self.n_steps}, but a {type(dataset).__name__} gives one-step targets: pass an "
+                "NStepReplayBuffer with the same n_steps and gamma, or an OfflineDataset."
+            )
+        buffer.device = self.device
+        self.offline_buffer = self._adopt_offline_buffer(buffer)
+        if self._vec_normalize_env is not None:
+            fill_normalization(self._vec_normalize_env, self.offline_buffer)
+        return self
+
+    def _adopt_offline_buffer(self, buffer: ReplayBuffer) -> ReplayBuffer:
+        """Prepare a buffer for training; a hook for algorithms that need more than SB3's columns."""
+        return buffer
+
+    @classmethod
+    def from_dataset(cls: type[SelfOffline], dataset: Any, policy: Any = None, **kwargs: Any) -> SelfOffline:
+        """Build a model with the dataset's spaces and no environment: for logged data with no simulator.
+
+        ``learn_offline``, ``predict``, ``save`` and ``load`` work; ``learn`` needs ``set_env`` first.
+
+        Args:
+            dataset: An ``OfflineDataset`` or an SB3 replay buffer; becomes the model's offline data.
+            policy: Policy name or class; ``None`` chooses ``MlpPolicy`` or ``MultiInputPolicy`` by the observation space.
+            **kwargs: Any argument of the constructor but ``env``.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If ``env`` is given, or the spaces do not suit the algorithm.
+        """
+        if kwargs.get("env") is not None:
+            raise ValueError(f"from_dataset takes no env; use {cls.__name__}(policy, env) and learn_offline(dataset) instead.")
+        kwargs.pop("env", None)
+        observation_space, action_space = _channels_first(dataset.observation_space), dataset.action_space
+        check_for_nested_spaces(observation_space)
+        if policy is None:
+            policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
+        model = cls(policy, None, _init_setup_model=False, **kwargs)
+        model.observation_space, model.action_space, model.n_envs = observation_space, action_space, 1
+        model._setup_without_env()
+        return model.set_offline_data(dataset)
+
+    def _setup_without_env(self) -> None:
+        """Build the networks from the spaces that were set; a hook for algorithms that read more from their environment."""
+        self._setup_model()
+
+    # The offline loop --------------------------------------------------------------------------------------------------
+
+    def learn_offline(
+        self: SelfOffline,
+        dataset: OfflineData | ReplayBuffer,
+        gradient_steps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1000,
+        tb_log_name: str | None = None,
+        progress_bar: bool = False,
+    ) -> SelfOffline:
+        """Train on a dataset alone, without touching the environment.
+
+        SB3's logger and callbacks run with gradient steps as the clock: ``num_timesteps`` counts them during the call, so that
+        ``EvalCallback(eval_freq=1000)`` evaluates every 1000 gradient steps and learning-rate schedules advance with them. May
+        be called again to go on.
+
+        Args:
+            dataset: An ``OfflineDataset``, or an SB3 replay buffer; kept for ``learn`` to mix in.
+            gradient_steps: How many gradient steps to do.
+            callback: SB3 callback(s), called after each gradient step.
+            log_interval: Gradient steps between two log lines.
+            tb_log_name: Name of the TensorBoard run; the algorithm's with ``_offline`` where ``None``.
+            progress_bar: Show SB3's progress bar (needs tqdm and rich).
+
+        Returns:
+            The model.
+        """
+        if gradient_steps < 0:
+            raise ValueError(f"gradient_steps must not be negative; got {gradient_steps}.")
+        self.set_offline_data(dataset)
+        name = f"{type(self).__name__}_offline" if tb_log_name is None else tb_log_name
+        listener = self._setup_learn_offline(gradient_steps, callback, name, progress_bar)
+        total_timesteps = self._total_timesteps
+        try:
+            listener.on_training_start(
+                {"self": self, "total_timesteps": total_timesteps, "tb_log_name": name, "log_interval": log_interval},
+                globals(),
+            )
+            while self.num_timesteps < total_timesteps:
+                self.train(gradient_steps=1, batch_size=self.batch_size)
+                self._n_offline_steps += 1
+                self.num_timesteps = self._n_offline_steps
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                listener.update_locals({"self": self, "infos": [], "dones": np.zeros(0, dtype=bool)})
+                if not listener.on_step():
+                    break
+                if log_interval and self.num_timesteps % log_interval == 0:
+                    self._dump_offline_logs()
+            listener.on_training_end()
+            self._dump_offline_logs()
+        finally:
+            self._restore_online_clock()
+        return self
+
+    def _setup_learn_offline(
+        self, gradient_steps: int, callback: MaybeCallback, tb_log_name: str, progress_bar: bool
+    ) -> BaseCallback:
+        """Set the logger, the callbacks and the clock; the environment is not reset."""
+        self.start_time = time.time_ns()
+        if self.ep_info_buffer is None or self.ep_success_buffer is None:
+            self.ep_info_buffer = deque(maxlen=self._stats_window_size)
+            self.ep_success_buffer = deque(maxlen=self._stats_window_size)
+        if not self._custom_logger:
+            first = self._n_offline_steps == 0
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps=first)
+        if isinstance(callback, list):
+            callback = CallbackList(callback)
+        if not isinstance(callback, BaseCallback):
+            callback = ConvertCallback(callback)
+        if progress_bar:
+            callback = CallbackList([callback, OfflineProgressBarCallback()])
+        self._num_timesteps_online = self.num_timesteps
+        self.num_timesteps = self._num_timesteps_at_start = self._n_offline_steps
+        self._total_timesteps = self._n_offline_steps + gradient_steps
+        callback.init_callback(self)
+        return callback
+
+    def _restore_online_clock(self) -> None:
+        if self._num_timesteps_online is not None:
+            self.num_timesteps, self._num_timesteps_online = self._num_timesteps_online, None
+
+    @property
+    def _is_offline_phase(self) -> bool:
+        return self._num_timesteps_online is not None
+
+    def _dump_offline_logs(self) -> None:
+        elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
+        steps = self.num_timesteps - self._num_timesteps_at_start
+        self.logger.record("time/gradient_steps", self.num_timesteps, exclude="tensorboard")
+        self.logger.record("time/gradient_steps_per_second", steps / elapsed)
+        self.logger.record("time/time_elapsed", int(elapsed), exclude="tensorboard")
+        self._record_metrics()
+        self.logger.dump(step=self.num_timesteps)
+
+    def _record_metrics(self) -> None:
+        """Move the means since the last log line to the logger: the one place where the host waits for the device."""
+        for name, value in self._metrics.pop().items():
+            self.logger.record(f"train/{name}", value)
+
+    # The online phase --------------------------------------------------------------------------------------------------
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        # A model saved by a checkpoint in the middle of an offline run comes back with gradient steps as its clock.
+        self._restore_online_clock()
+        before = self._last_obs
+        result = super()._setup_learn(*args, **kwargs)
+        if self._last_obs is not before and isinstance(self.replay_buffer, ReturnsToGoMixin):
+            self.replay_buffer.cut_running_episodes()
+        return result
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        # A pre-trained policy collects from its first step on; `learning_starts` still delays the first update.
+        return super()._sample_action(0 if self._n_offline_steps else learning_starts, action_noise, n_envs)
+
+    def dump_logs(self) -> None:
+        """Write log data, with the training metrics since the last line."""
+        self._record_metrics()
+        super().dump_logs()
+
+    # Batches ---------------------------------------------------------------------------------------------------------
+
+    def _offline_batch_size(self, batch_size: int) -> int:
+        """How many of a batch come from the dataset at this moment."""
+        if self.offline_buffer is None:
+            return 0
+        online = self._online_size()
+        if self._is_offline_phase or online == 0:
+            return batch_size
+        if self.offline_fraction == "proportional":
+            offline = self.offline_buffer.size() * self.offline_buffer.n_envs
+            return round(batch_size * offline / (offline + online))
+        return round(batch_size * self.offline_fraction)
+
+    def _online_size(self) -> int:
+        """Transitions in the online buffer that can be sampled."""
+        assert self.replay_buffer is not None
+        if isinstance(self.replay_buffer, HerReplayBuffer) and not self.replay_buffer.ep_length.any():
+            return 0  # Hindsight relabelling needs a finished episode.
+        return self.replay_buffer.size() * self.replay_buffer.n_envs
+
+    def sample_batch(self, batch_size: int) -> Batch:
+        """Sample a training batch: from the dataset in the offline phase, mixed online.
+
+        Args:
+            batch_size: ``B``, number of transitions.
+
+        Returns:
+            The batch; offline transitions come first.
+        """
+        n_offline = self._offline_batch_size(batch_size)
+        parts = []
+        for buffer, size in ((self.offline_buffer, n_offline), (self.replay_buffer, batch_size - n_offline)):
+            if size > 0:
+                assert buffer is not None
+                samples = buffer.sample(size, env=self._vec_normalize_env)
+                parts.append(Batch(*samples[:6], returns_to_go=getattr(samples, "returns_to_go", None)))
+        return parts[0] if len(parts) == 1 else _concatenate(parts[0], parts[1], self.gamma)
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "offline_buffer", "_metrics"]
+
+
+def _concatenate(first: Batch, second: Batch, gamma: float) -> Batch:
+    """Join two batches; a field that only one of them has is filled (discounts) or dropped (returns-to-go)."""
+    discounts = returns = None
+    if first.discounts is not None or second.discounts is not None:
+        filled = [th.full_like(b.rewards, gamma) if b.discounts is None else b.discounts for b in (first, second)]
+        discounts = th.cat(filled)
+    if first.returns_to_go is not None and second.returns_to_go is not None:
+        returns = th.cat((first.returns_to_go, second.returns_to_go))
+    return Batch(
+        _concatenate_observations(first.observations, second.observations),
+        th.cat((first.actions, second.actions)),
+        _concatenate_observations(first.next_observations, second.next_observations),
+        th.cat((first.dones, second.dones)),
+        th.cat((first.rewards, second.rewards)),
+        discounts,
+        returns,
+    )
+
+
+def _concatenate_observations(first: th.Tensor | TensorDict, second: th.Tensor | TensorDict) -> th.Tensor | TensorDict:
+    if isinstance(first, dict):
+        assert isinstance(second, dict)
+        return {key: th.cat((value, second[key])) for key, value in first.items()}
+    assert isinstance(second, th.Tensor)
+    return th.cat((first, second))
+
+
+def _channels_first(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    """The space as SB3's networks see it: it wraps environments with images in a ``VecTransposeImage``."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: _channels_first(subspace) for key, subspace in space.spaces.items()})
+    if is_image_space(space) and not is_image_space_channels_first(space):  # type: ignore[arg-type]
+        return VecTransposeImage.transpose_space(space)  # type: ignore[arg-type]
+    return space
+
+
+def _same_form(ours: spaces.Space[Any], theirs: spaces.Space[Any]) -> bool:
+    """Whether data of one space can be fed to a network made for the other: bounds and float width may differ."""
+    if isinstance(ours, spaces.Dict) and isinstance(theirs, spaces.Dict):
+        return ours.spaces.keys() == theirs.spaces.keys() and all(
+            _same_form(space, theirs.spaces[key]) for key, space in ours.spaces.items()
+        )
+    if isinstance(ours, spaces.Discrete) and isinstance(theirs, spaces.Discrete):
+        return bool(ours.n == theirs.n)
+    return type(ours) is type(theirs) and ours.shape == theirs.shape
+
+
+def fill_normalization(env: VecNormalize, buffer: ReplayBuffer) -> None:
+    """Set the statistics of a ``VecNormalize`` that has seen nothing yet from a dataset.
+
+    Frozen statistics (``training=False``) and those with data in them are left alone. The reward scale is set too, from the
+    running discounted returns of the data, as the wrapper would have seen them.
+
+    Args:
+        env: The wrapper of the training environment; written to.
+        buffer: The dataset, with raw observations and rewards.
+    """
+    if not env.training:
+        return
+    rows = (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
+    if env.norm_obs:
+        statistics = env.obs_rms if isinstance(env.obs_rms, dict) else {None: env.obs_rms}
+        for key, rms in statistics.items():
+            if rms.count < _UNTOUCHED_COUNT:
+                stored = buffer.observations if key is None else buffer.observations[key]
+                _update_in_blocks(rms, stored, rows)
+    if env.norm_reward and env.ret_rms.count < _UNTOUCHED_COUNT:
+        # VecNormalize's R <- gamma R + r, zero after each end, is a suffix sum of the reversed rows.
+        ends = buffer.dones[rows] > 0
+        factors = np.where(np.concatenate((np.ones_like(ends[:1]), ends[:-1])), 0.0, env.gamma)
+        for column in range(buffer.n_envs):
+            terms = buffer.rewards[rows, column].astype(np.float64)
+            running = discounted_suffix_sum(terms[::-1], factors[::-1, column], len(rows))
+            env.ret_rms.update(running)
+
+
+def _update_in_blocks(rms: RunningMeanStd, stored: np.ndarray, rows: np.ndarray, block: int = 65_536) -> None:
+    """Update statistics block by block, so that images are never all cast to float64 at once."""
+    for start in range(0, len(rows), block):
+        part = stored[rows[start : start + block]]
+        rms.update(part.reshape(-1, *rms.mean.shape).astype(np.float64))
+
+
+__all__ = ["Batch", "OfflineData", "OfflineMixin", "OfflineProgressBarCallback", "fill_normalization"]

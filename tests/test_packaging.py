@@ -1,0 +1,134 @@
+"""What a user gets when they install or import the package, apart from what it computes."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import cql_plugins
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the development environment is 3.11 or newer (constraints.txt)
+    pytest.skip("needs tomllib", allow_module_level=True)
+
+
+def loaded_by(statement: str, cwd: Path) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after `statement`."""
+    code = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.fixture(scope="module")
+def pyproject(repo_root: Path) -> dict:
+    return tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pins(repo_root: Path) -> dict[str, str]:
+    """Distribution name -> pinned version, from constraints.txt."""
+    lines = (line.partition("#")[0].strip() for line in (repo_root / "constraints.txt").read_text().splitlines())
+    requirements = [Requirement(line) for line in lines if line]
+    return {canonicalize_name(requirement.name): str(requirement.specifier) for requirement in requirements}
+
+
+class TestImportCost:
+    """Each import loads only what its own room is made of."""
+
+    HEAVY = frozenset({"torch", "stable_baselines3", "sb3_contrib", "d3rlpy", "minari", "h5py", "pyarrow", "mujoco"})
+
+    def test_root_loads_nothing_heavy(self, tmp_path: Path) -> None:
+        loaded = loaded_by("import cql_plugins", tmp_path)
+        assert not loaded & (self.HEAVY | {"numpy", "gymnasium"})
+
+    def test_adapters_load_neither_learners_nor_formats(self, tmp_path: Path) -> None:
+        assert not loaded_by("import cql_plugins.adapters", tmp_path) & self.HEAVY
+
+    def test_sb3_room_loads_no_other_framework_and_no_format(self, tmp_path: Path) -> None:
+        loaded = loaded_by("import cql_plugins.sb3", tmp_path)
+        assert "stable_baselines3" in loaded, "the check sees what is loaded"
+        assert not loaded & (self.HEAVY - {"torch", "stable_baselines3"})
+
+
+class TestMetadata:
+    def test_version_is_the_installed_one(self) -> None:
+        assert cql_plugins.__version__ == metadata.version("cql-plugins")
+
+    def test_changelog_has_a_place_for_changes(self, repo_root: Path) -> None:
+        assert "## [Unreleased]" in (repo_root / "CHANGELOG.md").read_text(encoding="utf-8")
+
+    def test_every_package_on_disk_is_listed(self, pyproject: dict, repo_root: Path) -> None:
+        on_disk = set()
+        for source, name in (
+            (repo_root / "cql_plugins", "cql_plugins"),
+            (repo_root / "adapters", "cql_plugins.adapters"),
+        ):
+            for init in source.rglob("__init__.py"):
+                inner = init.parent.relative_to(source).parts
+                if source.name == "adapters" or inner[:1] != ("adapters",):
+                    on_disk.add(".".join((name, *inner)))
+        assert set(pyproject["tool"]["setuptools"]["packages"]) == on_disk
+
+    def test_all_is_every_extra_but_dev(self, pyproject: dict) -> None:
+        extras = pyproject["project"]["optional-dependencies"]
+        (everything,) = (Requirement(text) for text in extras["all"])
+        assert everything.extras == extras.keys() - {"all", "dev"}
+
+    def test_constraints_pin_every_dependency_within_its_bounds(self, pyproject: dict, pins: dict[str, str]) -> None:
+        project = pyproject["project"]
+        groups = [project["dependencies"], *project["optional-dependencies"].values()]
+        for requirement in map(Requirement, (text for group in groups for text in group)):
+            if requirement.name == project["name"]:
+                continue
+            pin = pins[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(pin.removeprefix("==")), f"{requirement} against {pin}"
+
+    def test_constraints_are_exact_and_portable(self, pins: dict[str, str], repo_root: Path) -> None:
+        assert all(re.fullmatch(r"==[0-9][0-9a-z.]*", pin) for pin in pins.values()), "no local builds, no ranges"
+        assert "://" not in (repo_root / "constraints.txt").read_text()
+
+
+class TestAdaptersFolder:
+    """`adapters/` is reached through a link and through a build mapping, and must be the same modules either way."""
+
+    def test_link_points_at_the_folder(self, repo_root: Path) -> None:
+        link = repo_root / "cql_plugins" / "adapters"
+        assert link.is_symlink(), "a checkout without symlinks cannot run the type and import checks"
+        assert os.readlink(link) == os.path.join("..", "adapters")
+
+    def test_imports_inside_are_absolute(self, repo_root: Path) -> None:
+        """A relative import, or one of a top-level `adapters`, would make a second copy of each class."""
+        for path in (repo_root / "adapters").rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), path.name)):
+                if isinstance(node, ast.ImportFrom):
+                    names = ["." * node.level + (node.module or "")]
+                elif isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                else:
+                    continue
+                wrong = [name for name in names if name.partition(".")[0] in ("", "adapters")]
+                assert not wrong, f"{path.name}:{node.lineno} imports {wrong[0]}"
+
+    def test_wheel_check_finds_a_lost_folder(self, tmp_path: Path, repo_root: Path) -> None:
+        """The wheel check itself: it must refuse a wheel without the adapters."""
+        import zipfile
+
+        wheel = tmp_path / "cql_plugins-0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for path in (repo_root / "cql_plugins").glob("*.py"):
+                archive.write(path, f"cql_plugins/{path.name}")
+        command = [sys.executable, str(repo_root / "tests" / "check_wheel.py"), str(wheel)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "missing ['cql_plugins/adapters/" in done.stderr

@@ -1,0 +1,123 @@
+"""The README's Python runs.
+
+Every ```python block is executed, in order, each in a namespace and an empty folder of its own. An HTML comment in
+front of the block, invisible to readers, can change that:
+
+    <!-- not run: reason -->                  leave this block out, and say why
+    <!-- continues -->                        share the namespace of the block before
+    <!-- in tests: 100_000 -> 20; a -> b -->  replace text, so that what trains for an hour here trains for a second
+
+A replacement that finds nothing to replace is an error: the README has changed under it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+BLOCK = re.compile(
+    r"(?P<comments>(?:^[ \t]*<!--(?:(?!-->).)*-->[ \t]*\n(?:[ \t]*\n)*)*)"  # comments, blank lines allowed after each
+    r"^```python[ \t]*\n(?P<code>.*?)^```[ \t]*$",
+    re.MULTILINE | re.DOTALL,
+)
+COMMENT = re.compile(r"<!--\s*(?P<text>.*?)\s*-->", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of code, as the README shows it and as the test runs it."""
+
+    line: int
+    code: str
+    skip: str | None
+    continues: bool
+
+
+def parse(text: str) -> list[Block]:
+    """All python blocks of a Markdown text, with their comments applied."""
+    blocks = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("code")) + 1
+        code, skip, continues = match["code"], None, False
+        for comment in COMMENT.finditer(match["comments"]):
+            keyword, _, value = comment["text"].partition(":")
+            if keyword == "not run":
+                skip = value.strip()
+                if not skip:
+                    raise ValueError(f"line {line}: 'not run' needs a reason")
+            elif keyword == "continues":
+                continues = True
+            elif keyword == "in tests":
+                for replacement in value.split(";"):
+                    old, arrow, new = (part.strip() for part in replacement.partition("->"))
+                    if not arrow or old not in code:
+                        raise ValueError(f"line {line}: nothing to replace for {replacement.strip()!r}")
+                    code = code.replace(old, new)
+        blocks.append(Block(line, code, skip, continues))
+    return blocks
+
+
+def chains(blocks: list[Block]) -> list[list[Block]]:
+    """Blocks grouped so that each that continues another follows it."""
+    grouped: list[list[Block]] = []
+    for block in blocks:
+        if block.continues and grouped:
+            grouped[-1].append(block)
+        else:
+            grouped.append([block])
+    return grouped
+
+
+@pytest.mark.parametrize("chain", [pytest.param(c, id=f"line-{c[0].line}") for c in chains(parse(README.read_text("utf-8")))])
+def test_readme_code_runs(chain: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in chain:
+        if block.skip:
+            pytest.skip(f"README line {block.line}: {block.skip}")
+        # Leading newlines make a traceback show the README's own line numbers.
+        exec(compile("\n" * (block.line - 1) + block.code, str(README), "exec"), namespace)
+
+
+EXAMPLE = """\
+text
+```python
+a = 1
+```
+<!-- not run: needs a download -->
+
+```python
+b = 2
+```
+
+<!-- an ordinary comment -->
+<!-- continues -->
+<!-- in tests: 100_000 -> 20; "door" -> "tmp" -->
+```python
+c(100_000, "door")
+```
+```bash
+make test
+```
+"""
+
+
+def test_parser_reads_blocks_and_comments() -> None:
+    assert parse(EXAMPLE) == [
+        Block(3, "a = 1\n", None, False),
+        Block(8, "b = 2\n", "needs a download", False),
+        Block(15, 'c(20, "tmp")\n', None, True),
+    ]
+    assert [len(chain) for chain in chains(parse(EXAMPLE))] == [1, 2]
+
+
+@pytest.mark.parametrize("comment", ["in tests: 7 -> 8", "in tests: a", "not run:"])
+def test_parser_refuses_a_comment_that_does_nothing(comment: str) -> None:
+    with pytest.raises(ValueError, match="line 3"):
+        parse(f"<!-- {comment} -->\n```python\na = 1\n```\n")
