@@ -37,7 +37,7 @@ $(VENV)/bin/python:
 # instead of pip choosing between builds in the middle of a larger resolution.
 $(VENV)/.torch: constraints.txt $(VENV)/bin/python
 	$(PIP) install --quiet --upgrade pip
-	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt torch
 	@touch $@
 
 # The stamps keep a second `make` from asking pip again until the pins or the dependencies change.

@@ -9,7 +9,7 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[Any]
 Observations: TypeAlias = "Array | dict[str, Observations]"
 
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 256 * 2**10
 """Rows are moved in blocks of about this many bytes, so that no temporary grows with the data set."""
 
 

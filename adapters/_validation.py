@@ -62,9 +62,10 @@ class Where:
         return Where(self.source, self.episode, self.first_row + first_row)
 
 
-def require_extra(module: str, extra: str, error: ImportError) -> ImportError:
-    """Return the ImportError that tells which extra brings the missing `module`."""
-    return ImportError(f'{module} is needed here: {error}. Install it with: pip install "cql-plugins[{extra}]"')
+def require_extra(module: str, extra: str | None, error: ImportError) -> ImportError:
+    """Return the ImportError that tells which extra brings the missing `module`; None where no extra is needed."""
+    package = "cql-plugins" if extra is None else f"cql-plugins[{extra}]"
+    return ImportError(f'{module} is needed here: {error}. Install it with: pip install "{package}"')
 
 
 def check_supported_space(space: spaces.Space[Any], field: str, where: Where) -> None:

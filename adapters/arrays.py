@@ -1,6 +1,7 @@
 """Readers for arrays that are in memory, or in an `.npz` file."""
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -139,26 +140,28 @@ def stem(path: str) -> str:
 
 
 def _read_npz(source: str) -> dict[str, Any]:
-    try:
-        archive = np.load(source, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise DatasetError("expected a file, there is none", source=source) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"expected an .npz file, got something else or a part of one: {error}", source=source) from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise DatasetError("expected an .npz file, got a single .npy array", source=source)
+    key = None
     fields: dict[str, Any] = {}
-    with archive:
-        for key in archive.files:
-            try:
+    try:
+        # Opened here, since NumPy leaves a file open that turns out to be no archive.
+        with open(source, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DatasetError("expected an .npz file, got a single .npy array", source=source)
+            for key in archive.files:
                 fields[key] = archive[key]
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-                raise DatasetError(
-                    f"expected a plain array, got unreadable data: {error}",
-                    source=source,
-                    field=key,
-                    hint="Python objects are not read, since unpickling runs code from the file",
-                ) from error
+    except DatasetError:
+        raise
+    except FileNotFoundError as error:
+        raise DatasetError("expected an .npz file, there is no such file", source=source) from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        expected = "an .npz file" if key is None else "a plain array"
+        raise DatasetError(
+            f"expected {expected}, got something else or a part of one: {error}",
+            source=source,
+            field=key,
+            hint="Python objects are not read, since unpickling runs code from the file",
+        ) from error
     return fields
 
 

@@ -33,7 +33,8 @@ def from_d4rl(
     prefer_termination: bool = False,
 ) -> OfflineDataset:
     """Read data in D4RL's raw layout.
-    `next_observations`.
+
+    Fields are `observations`, `actions`, `rewards`, `terminals`, and optionally `timeouts` and `next_observations`.
 
     D4RL files say nothing about spaces. Observations are taken as unbounded, actions as lying in [-1, 1] (true of
     D4RL's tasks), with a warning where they do not. What happens to the last transition of an episode is described at
@@ -112,7 +113,7 @@ def _read_hdf5(source: str) -> tuple[dict[str, Any], list[str]]:
 
     key = None
     try:
-        with h5py.File(source, "r") as file:
+        with h5py.File(source, "r") as file:  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
             present = list(file)
             fields: dict[str, Any] = {}
             for key in (*_REQUIRED, *_OPTIONAL):

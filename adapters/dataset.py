@@ -246,7 +246,7 @@ class OfflineDataset:
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
-        """`E + 1` rows: episode `i` has the transitions `offsets[i]:offsets[i + 1]`, and its observations start `i` rows later."""
+        """`E + 1` rows: episode `i` has the transitions `offsets[i]:offsets[i + 1]`, its observations start `i` rows later."""
         return self._offsets
 
     @property
@@ -377,8 +377,8 @@ class OfflineDataset:
             unflagged=self._unflagged[chosen],
         )
 
-    def _replaced(self, **changes: Any) -> "OfflineDataset":
-        parts: dict[str, Any] = {
+    def _parts(self) -> dict[str, Any]:
+        return {
             "observations": self._observations,
             "actions": self._actions,
             "rewards": self._rewards,
@@ -393,7 +393,13 @@ class OfflineDataset:
             "inferred": self._inferred,
             "reward_transform": self._reward_transform,
         }
-        return OfflineDataset._trusted(**(parts | changes))
+
+    def _replaced(self, **changes: Any) -> "OfflineDataset":
+        return OfflineDataset._trusted(**(self._parts() | changes))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy through the constructor, since pickled arrays come back writable."""
+        return _rebuild, (self._parts(),)
 
     def filter(self, predicate: Callable[[Episode], bool]) -> "OfflineDataset":
         """Keep the episodes for which `predicate(episode)` is true.
@@ -428,15 +434,14 @@ class OfflineDataset:
         parts = list(datasets)
         if not parts:
             raise DatasetError("expected at least one data set to concatenate, got none")
-        first = parts[0]
         where = Where("concatenate")
-        merged_spaces = {}
-        for kind in ("observation_space", "action_space"):
-            merged_spaces[kind] = _merged_space([(getattr(d, kind), kind in d._inferred) for d in parts], kind, where)
         for field in ("_observations", "_actions"):
             layouts = {str(map_leaves(lambda leaf: leaf.dtype, getattr(d, field))) for d in parts}
             if len(layouts) > 1:
                 raise where.error(f"expected one dtype, got {sorted(layouts)}", field=field.strip("_"))
+        merged_spaces = {}
+        for kind in ("observation_space", "action_space"):
+            merged_spaces[kind] = _merged_space([(getattr(d, kind), kind in d._inferred) for d in parts], kind, where)
 
         def common(attribute: str) -> Any:
             values = {getattr(d, attribute) for d in parts}
@@ -457,7 +462,7 @@ class OfflineDataset:
             name=common("_name"),
             env_id=common("_env_id"),
             references=common("_references"),
-            inferred=frozenset.intersection(*(d._inferred for d in parts)) if len(parts) > 1 else first._inferred,
+            inferred=frozenset.intersection(*(d._inferred for d in parts)),
             reward_transform=common("_reward_transform"),
         )
 
@@ -612,6 +617,10 @@ class OfflineDataset:
         return to_minari(self, dataset_id, **kwargs)
 
 
+def _rebuild(parts: dict[str, Any]) -> OfflineDataset:
+    return OfflineDataset._trusted(**parts)
+
+
 def _in_space_order(observations: Any, space: spaces.Space[Any]) -> Observations:
     if isinstance(space, spaces.Dict):
         return {key: _in_space_order(observations[key], subspace) for key, subspace in space.spaces.items()}
@@ -643,11 +652,11 @@ def _hull(merged: spaces.Space[Any], space: spaces.Space[Any], kind: str, where:
     if isinstance(merged, spaces.Dict) and isinstance(space, spaces.Dict) and set(merged) == set(space):
         return spaces.Dict({key: _hull(merged[key], space[key], kind, where, fixed=fixed) for key in merged.spaces})
     if isinstance(merged, spaces.Box) and isinstance(space, spaces.Box) and merged.shape == space.shape:
-        if merged.dtype.kind == space.dtype.kind:
-            if fixed:
-                return merged
-            low, high = np.minimum(merged.low, space.low), np.maximum(merged.high, space.high)
-            return spaces.Box(low, high, dtype=merged.dtype.type)
+        if fixed:
+            return merged
+        # Equal dtypes: `concatenate` refuses others before.
+        dtype: Any = np.dtype(merged.dtype).type
+        return spaces.Box(np.minimum(merged.low, space.low), np.maximum(merged.high, space.high), dtype=dtype)
     if isinstance(merged, spaces.Discrete) and isinstance(space, spaces.Discrete) and merged.start == space.start:
         if not fixed:
             return spaces.Discrete(int(max(merged.n, space.n)), start=int(merged.start))

@@ -96,7 +96,7 @@ def _load(minari: Any, dataset_id: str, download: bool) -> Any:
             hint=f"Fetch it with `minari download {dataset_id}`, or pass download=True",
         ) from error
     except ImportError as error:
-        raise require_extra("the data set's storage", "minari", error) from error
+        raise require_extra("the data set's storage", "minari,arrow", error) from error
     except _UNREADABLE as error:
         raise DatasetError(f"Minari cannot open it: {error}", source=dataset_id) from error
 
@@ -117,7 +117,8 @@ class _GrowingArray:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of the rows."""
-        return self._values.dtype
+        dtype: np.dtype[Any] = self._values.dtype
+        return dtype
 
     def append(self, rows: Array) -> None:
         """Copy `rows` to the end."""
@@ -168,7 +169,7 @@ class _EpisodeReader:
                     f"Minari cannot read this episode ({type(error).__name__}: {error})",
                     source=self.where.source,
                     episode=index,
-                    hint=f"The files under {self.dataset.spec.data_path} may be cut off or lack a field; fetch them again",
+                    hint=f"Files under {self.dataset.spec.data_path} may be cut off or lack a field; fetch them again",
                 ) from error
             yield index, episode
 
@@ -263,8 +264,8 @@ class _EpisodeReader:
             notes.append(f"{self.n_unflagged} episode(s) end with neither flag, taken as truncated")
         if self.n_dropped:
             notes.append(
-                f"{self.n_dropped} transition(s) at the end of truncated episodes were dropped, since the observation after "
-                "them is not given"
+                f"{self.n_dropped} transition(s) at the end of truncated episodes were dropped, since the observation "
+                "after them is not given"
             )
         if self.n_split:
             notes.append(f"{self.n_split} flag(s) inside an episode, it is split there")
@@ -330,7 +331,7 @@ def to_minari(
         ImportError: If Minari or what its storage needs is not installed.
     """
     minari = _import_minari()
-    from minari.storage import get_dataset_path
+    from minari.storage.datasets_root_dir import get_dataset_path
 
     path = Path(get_dataset_path(dataset_id))
     if path.exists():
@@ -346,7 +347,7 @@ def to_minari(
             # Minari asks for each piece of metadata that was not given; here leaving one out is the caller's choice.
             warnings.filterwarnings("ignore", message=r".*is set to None", category=UserWarning)
             warnings.filterwarnings("ignore", message="env_spec is None", category=UserWarning)
-            stored = minari.create_dataset_from_buffers(
+            stored: MinariDataset = minari.create_dataset_from_buffers(
                 dataset_id,
                 [_to_buffer(episode, space_of) for episode in dataset],
                 env=_spec_only_env(dataset),
@@ -367,11 +368,15 @@ def to_minari(
     except BaseException as error:
         shutil.rmtree(created, ignore_errors=True)
         if isinstance(error, ImportError):
-            raise require_extra(f"Minari's {data_format} storage", "minari", error) from error
+            raise require_extra(f"Minari's {data_format} storage", _extra_of(data_format), error) from error
         if isinstance(error, Exception) and not isinstance(error, DatasetError):
             raise DatasetError(f"Minari cannot store it: {error}", source=dataset_id) from error
         raise
     return stored
+
+
+def _extra_of(data_format: str) -> str:
+    return "minari" if data_format == "hdf5" else "arrow"
 
 
 def _outermost_missing(path: Path) -> Path:
@@ -403,9 +408,12 @@ def _to_buffer(episode: Any, space_of: Mapping[str, spaces.Space[Any]]) -> Any:
 
 
 def _as_stored(values: Any, space: spaces.Space[Any]) -> Any:
-    """Give values the dtype of their space where that loses nothing: Arrow has one dtype per column, that of the space."""
+    """Give values the dtype of their space where that loses nothing.
+
+    Arrow has one dtype per column, that of the space.
+    """
     if isinstance(space, spaces.Dict):
         return {key: _as_stored(values[key], subspace) for key, subspace in space.spaces.items()}
-    if not np.can_cast(values.dtype, space.dtype, casting="safe"):
+    if not np.can_cast(values.dtype, np.dtype(space.dtype), casting="safe"):
         raise DatasetError(f"expected values of the dtype of {space} or a narrower one, got {values.dtype}")
     return values.astype(space.dtype, copy=False)

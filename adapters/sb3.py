@@ -79,7 +79,7 @@ def to_sb3(
     np.logical_or(dataset.terminations, dataset.truncations, out=buffer.dones[:, 0], casting="unsafe")
     np.copyto(buffer.timeouts[:, 0], dataset.truncations)
     buffer.returns_to_go[:, 0] = -np.inf if returns is None else returns
-    buffer.pos, buffer.full = 0, True
+    buffer.mark_full()
     return buffer
 
 
@@ -108,7 +108,7 @@ def _buffer_base(dataset: OfflineDataset, model_or_env: Any, n_steps: int) -> "t
     try:
         from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
     except ImportError as error:
-        raise require_extra("stable_baselines3", "sb3", error) from error
+        raise require_extra("stable_baselines3", None, error) from error
 
     if isinstance(dataset.observation_space, spaces.Dict):
         if n_steps > 1:
@@ -155,7 +155,8 @@ def _misfit(own: spaces.Space[Any], target: spaces.Space[Any], inferred: bool) -
 
 
 def _box_misfit(own: spaces.Box, target: spaces.Box, inferred: bool) -> str | None:
-    if own.dtype.kind != target.dtype.kind or (own.dtype.kind != "f" and own.dtype != target.dtype):
+    kinds = np.dtype(own.dtype).kind, np.dtype(target.dtype).kind
+    if kinds[0] != kinds[1] or (kinds[0] != "f" and own.dtype != target.dtype):
         return f"dtype {own.dtype} is not {target.dtype}"
     if own.shape != target.shape and not _is_transposed(own, target):
         return f"shape {own.shape} is not {target.shape}"
@@ -309,7 +310,7 @@ def _rows_in_order(replay_buffer: Any, overlapping: bool) -> npt.NDArray[np.int6
     """Rows from the oldest to the newest."""
     if not replay_buffer.full:
         return np.arange(replay_buffer.pos)
-    rows = (np.arange(replay_buffer.buffer_size) + replay_buffer.pos) % replay_buffer.buffer_size
+    rows: npt.NDArray[np.int64] = np.roll(np.arange(replay_buffer.buffer_size), -replay_buffer.pos)
     # With one array for both, the observation of the oldest step was overwritten by the one after the newest.
     return rows[1:] if overlapping else rows
 

@@ -109,7 +109,7 @@ def returns_to_go(
         if gamma == 1.0:
             raise ValueError("the sparse tail divides by 1 - gamma; gamma must be below 1.")
         failure = float(flat_rewards.min()) if failure_reward is None else failure_reward
-        successes = np.bincount(episode, weights=~np.isclose(flat_rewards, failure, rtol=1e-6, atol=1e-8))
+        successes = np.bincount(episode, weights=np.logical_not(np.isclose(flat_rewards, failure, rtol=1e-6, atol=1e-8)))
         never_ends = last_rows[(successes == 0) & flat_truncated[last_rows]]
         terms[never_ends] += gamma * failure / (1.0 - gamma)
     elif tail == "bootstrap":
@@ -123,9 +123,9 @@ def returns_to_go(
 
     longest = int(np.diff(last_rows, prepend=-1).max())
     returns = discounted_suffix_sum(terms, np.where(flat_last, 0.0, gamma), longest)
-    unknown = ~flat_ends[last_rows]
+    unknown = np.logical_not(flat_ends[last_rows])
     if tail == "none":
-        unknown |= flat_truncated[last_rows]
+        unknown = np.logical_or(unknown, flat_truncated[last_rows])
     if unknown.any():
         returns[unknown[episode]] = -np.inf
     return returns.astype(np.float32).reshape(shape).T

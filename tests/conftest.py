@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 # Read once, when the libraries load, hence before the imports below. The suite's networks are tiny: a second thread
@@ -27,14 +26,14 @@ def repo_root() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def minari_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def minari_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in the place of the user's datasets: no test can read, change or delete those.
 
     A test that wants a dataset which lies somewhere else sets MINARI_DATASETS_PATH itself, through `monkeypatch`.
     """
     home = tmp_path_factory.mktemp("minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(home))
-    yield home
+    return home
 
 
 @pytest.fixture

@@ -60,6 +60,15 @@ class TestImportCost:
         assert "stable_baselines3" in loaded, "the check sees what is loaded"
         assert not loaded & (self.HEAVY - {"torch", "stable_baselines3"})
 
+    def test_rooms_import_where_no_extra_is_installed(self, tmp_path: Path) -> None:
+        """What `pip install cql-plugins` alone must be able to import."""
+        extras = (
+            *("d3rlpy", "gym", "gymnasium_robotics", "h5py", "matplotlib", "minari", "mujoco", "pandas", "PIL"),
+            *("pyarrow", "rich", "sb3_contrib", "tensorboard", "tqdm"),
+        )
+        hidden = f"import sys; sys.modules.update(dict.fromkeys({extras}))"  # None there makes an import fail
+        loaded_by(f"{hidden}\nimport cql_plugins.adapters, cql_plugins.sb3", tmp_path)
+
 
 class TestMetadata:
     def test_version_is_the_installed_one(self) -> None:

@@ -115,6 +115,11 @@ class ReturnsToGoMixin(ReplayBuffer):
             self.returns_to_go[rows, env_index] = self._compute_returns(rows, slice(env_index, env_index + 1))[:, 0]
             self._running_length[env_index] = 0
 
+    def mark_full(self) -> None:
+        """Say that every row was written from outside, in blocks and in the order of time, as by :meth:`add`."""
+        self.pos, self.full = 0, True
+        self._largest_reward = max(float(self.rewards.max()), -float(self.rewards.min()))
+
     def cut_running_episodes(self) -> None:
         """Say that the environments were reset: what runs now will not be continued, its returns stay unknown."""
         running = self._running_length > 0
@@ -206,7 +211,7 @@ class ReturnsToGoMixin(ReplayBuffer):
         limit = _reward_limit(env)
         if min(limit, self._reward_limit) >= self._largest_reward or self._return_tail == "bootstrap":
             return  # Nothing is clipped, or the algorithm asks for new sums on its own clock.
-        if not abs(limit - self._reward_limit) <= _LIMIT_TOLERANCE * limit:
+        if not abs(limit - self._reward_limit) <= _LIMIT_TOLERANCE * min(limit, self._reward_limit):
             self.recompute_returns(env=env)
 
     # Sampling --------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def critic_q_values(critic: ContinuousCritic, observations: th.Tensor | TensorDi
     Returns:
         Shape ``(C, B, M)``.
     """
-    batch_size, n_actions, action_dim = actions.shape
+    batch_size, n_actions, _ = actions.shape
     # SB3's critic trains its features extractor unless the actor owns it.
     with th.set_grad_enabled(th.is_grad_enabled() and not critic.share_features_extractor):
         features = critic.extract_features(observations, critic.features_extractor)
@@ -104,8 +104,9 @@ class CQL(OfflineMixin, SAC):
     """Conservative Q-Learning (CQL): SAC with a critic that does not overrate actions the data does not have.
 
     Paper: https://arxiv.org/abs/2006.04779. The critic minimises
-    ``1/2 sum_j [ mean (Q_j - y)^2 + cql_alpha * mean gap_j ]``, where the gap is a soft maximum of Q over actions minus Q at the
-    data's action [CQL, Eq. 4]. The weight has the meaning of the published codes: the paper's ``alpha`` is ``cql_alpha / 2``.
+    ``1/2 sum_j [ mean (Q_j - y)^2 + cql_alpha * mean gap_j ]``, where the gap is a soft maximum of Q over actions minus Q at
+    the data's action [CQL, Eq. 4]. The weight means what it means in the published codes: the
+    paper's ``alpha`` is ``cql_alpha / 2``.
 
     Departures from SAC's defaults: the Bellman target has no entropy term (``backup_entropy``), and actor and entropy
     coefficient have a learning rate of their own (``actor_learning_rate``). With ``cql_alpha=0``, ``backup_entropy=True`` and
@@ -334,6 +335,7 @@ class CQL(OfflineMixin, SAC):
         if self.ent_coef_optimizer is None or self.log_ent_coef is None:
             return self.ent_coef_tensor, None
         ent_coef = th.exp(self.log_ent_coef.detach())
+        assert isinstance(self.target_entropy, float)
         loss = -(self.log_ent_coef * (policy_step.log_prob + self.target_entropy).detach()).mean()
         self.ent_coef_optimizer.zero_grad()
         loss.backward()

@@ -73,7 +73,7 @@ class OfflineProgressBarCallback(ProgressBarCallback):
     """SB3's progress bar with gradient steps as its clock."""
 
     def _on_step(self) -> bool:
-        self.pbar.update(1)
+        self.pbar.update(1)  # type: ignore[no-untyped-call]
         return True
 
 
@@ -176,7 +176,7 @@ class OfflineMixin(OffPolicyAlgorithm):
         check_for_nested_spaces(observation_space)
         if policy is None:
             policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
-        model = cls(policy, None, _init_setup_model=False, **kwargs)
+        model = cls(policy, None, _init_setup_model=False, **kwargs)  # type: ignore[arg-type, call-arg]
         model.observation_space, model.action_space, model.n_envs = observation_space, action_space, 1
         model._setup_without_env()
         return model.set_offline_data(dataset)
@@ -244,6 +244,8 @@ class OfflineMixin(OffPolicyAlgorithm):
         self, gradient_steps: int, callback: MaybeCallback, tb_log_name: str, progress_bar: bool
     ) -> BaseCallback:
         """Set the logger, the callbacks and the clock; the environment is not reset."""
+        # A model saved by a checkpoint in the middle of an offline run comes back with gradient steps as its clock.
+        self._restore_online_clock()
         self.start_time = time.time_ns()
         if self.ep_info_buffer is None or self.ep_success_buffer is None:
             self.ep_info_buffer = deque(maxlen=self._stats_window_size)
@@ -260,6 +262,8 @@ class OfflineMixin(OffPolicyAlgorithm):
         self._num_timesteps_online = self.num_timesteps
         self.num_timesteps = self._num_timesteps_at_start = self._n_offline_steps
         self._total_timesteps = self._n_offline_steps + gradient_steps
+        # Else the first step would use the rates that the last run ended with.
+        self._update_current_progress_remaining(self.num_timesteps, max(self._total_timesteps, 1))
         callback.init_callback(self)
         return callback
 
@@ -288,8 +292,7 @@ class OfflineMixin(OffPolicyAlgorithm):
     # The online phase --------------------------------------------------------------------------------------------------
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        # A model saved by a checkpoint in the middle of an offline run comes back with gradient steps as its clock.
-        self._restore_online_clock()
+        self._restore_online_clock()  # as in `_setup_learn_offline`
         before = self._last_obs
         result = super()._setup_learn(*args, **kwargs)
         if self._last_obs is not before and isinstance(self.replay_buffer, ReturnsToGoMixin):
@@ -396,7 +399,8 @@ def _same_form(ours: spaces.Space[Any], theirs: spaces.Space[Any]) -> bool:
         )
     if isinstance(ours, spaces.Discrete) and isinstance(theirs, spaces.Discrete):
         return bool(ours.n == theirs.n)
-    return type(ours) is type(theirs) and ours.shape == theirs.shape
+    # A user's subclass of a space is as good as the space.
+    return (isinstance(ours, type(theirs)) or isinstance(theirs, type(ours))) and ours.shape == theirs.shape
 
 
 def fill_normalization(env: VecNormalize, buffer: ReplayBuffer) -> None:

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from cql_plugins.adapters import OfflineDataset
+
+# Two episodes written out by hand: three steps that end in a terminal state, two that are cut short.
+OBSERVATIONS = np.array([[0, 0], [1, 10], [2, 20], [3, 30], [100, 5], [101, 6], [102, 7]], dtype=np.float32)
+ACTIONS = np.array([[0.1], [0.2], [0.3], [-0.4], [-0.5]], dtype=np.float32)
+REWARDS = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+TERMINATIONS = np.array([False, False, True, False, False])
+TRUNCATIONS = np.array([False, False, False, False, True])
+CURRENT = OBSERVATIONS[[0, 1, 2, 4, 5]]
+NEXT = OBSERVATIONS[[1, 2, 3, 5, 6]]
+OBSERVATION_SPACE = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+ACTION_SPACE = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+
+def golden_arguments() -> dict[str, Any]:
+    return {
+        "observations": OBSERVATIONS.copy(),
+        "actions": ACTIONS.copy(),
+        "rewards": REWARDS.copy(),
+        "terminations": TERMINATIONS.copy(),
+        "truncations": TRUNCATIONS.copy(),
+        "observation_space": OBSERVATION_SPACE,
+        "action_space": ACTION_SPACE,
+        "name": "golden",
+    }
+
+
+def golden_steps() -> dict[str, Any]:
+    """The same with one row per step."""
+    return golden_arguments() | {"observations": CURRENT.copy(), "next_observations": NEXT.copy()}
+
+
+@pytest.fixture
+def arguments() -> dict[str, Any]:
+    return golden_arguments()
+
+
+@pytest.fixture
+def steps() -> dict[str, Any]:
+    return golden_steps()
+
+
+@pytest.fixture
+def golden() -> OfflineDataset:
+    return OfflineDataset(**golden_arguments())
+
+
+def _assert_same(first: OfflineDataset, second: OfflineDataset) -> None:
+    """Every array equal, to the bit and the dtype."""
+
+    def compare(left: Any, right: Any) -> None:
+        if isinstance(left, dict):
+            assert left.keys() == right.keys()
+            for key in left:
+                compare(left[key], right[key])
+        else:
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)
+
+    for field in ("observations", "actions", "rewards", "terminations", "truncations", "offsets"):
+        compare(getattr(first, field), getattr(second, field))
+    assert first.observation_space == second.observation_space
+    assert first.action_space == second.action_space
+
+
+@pytest.fixture
+def assert_same() -> Callable[[OfflineDataset, OfflineDataset], None]:
+    return _assert_same
+
+
+@pytest.fixture
+def quietly() -> Callable[..., Any]:
+    """Call a reader whose warning another test looks at."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    default = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    root = Path(os.environ.get("CQL_PLUGINS_DATA", default))
+    if not root.is_dir():
+        pytest.skip(f"no real data at {root}; set CQL_PLUGINS_DATA to the folder that has it")
+    return root

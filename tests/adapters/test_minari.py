@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces
+from minari.data_collector.episode_buffer import EpisodeBuffer
+
+from cql_plugins.adapters import DatasetError, OfflineDataset, from_minari, to_minari
+
+STORAGES = ["hdf5", "arrow", "parquet"]
+
+
+def _episode(start: float, n_steps: int, *, n_observations: int | None = None, end: str = "x") -> dict[str, Any]:
+    """One episode whose observations count up from `start`; `end` is one letter per step from the end, as in "t" or "x"."""
+    n_observations = n_steps + 1 if n_observations is None else n_observations
+    letters = ("." * n_steps + end)[-n_steps:]
+    return {
+        "observations": start + np.arange(n_observations, dtype=np.float64)[:, None],
+        "actions": np.full((n_steps, 1), 0.5, np.float32),
+        "rewards": start + np.arange(n_steps, dtype=np.float64),
+        "terminations": np.array([letter in "tb" for letter in letters]),
+        "truncations": np.array([letter in "xb" for letter in letters]),
+    }
+
+
+@pytest.fixture
+def store() -> Callable[..., Any]:
+    """Write episodes with Minari itself."""
+
+    def write(*episodes: dict[str, Any], data_format: str = "hdf5", env: Any = None) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return minari.create_dataset_from_buffers(
+                "made/up-v0",
+                [EpisodeBuffer(**episode) for episode in episodes],
+                env=env,
+                observation_space=spaces.Box(-np.inf, np.inf, (1,), np.float64),
+                action_space=spaces.Box(-1.0, 1.0, (1,), np.float32),
+                data_format=data_format,
+            )
+
+    return write
+
+
+class TestFromMinari:
+    @pytest.mark.parametrize("data_format", STORAGES)
+    def test_storages(self, store: Callable[..., Any], data_format: str) -> None:
+        store(_episode(0, 3, end="t"), _episode(10, 2), data_format=data_format)
+        dataset = from_minari("made/up-v0")
+        assert dataset.observations[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12]
+        assert dataset.observations.dtype == np.float64
+        assert dataset.actions.dtype == np.float32
+        assert dataset.rewards.tolist() == [0, 1, 2, 10, 11]
+        assert dataset.terminations.tolist() == [False, False, True, False, False]
+        assert dataset.truncations.tolist() == [False, False, False, False, True]
+        assert dataset.transitions([2, 3]).next_observations[:, 0].tolist() == [3, 11]
+        assert (dataset.name, dataset.env_id, dataset.references) == ("made/up-v0", None, None)
+        assert dataset.inferred_spaces == frozenset()
+
+    def test_dataset_object_and_a_part_of_it(self, store: Callable[..., Any]) -> None:
+        stored = store(_episode(0, 3), _episode(10, 2), _episode(20, 1))
+        assert len(from_minari(stored)) == 6
+        part = from_minari(stored.filter_episodes(lambda episode: len(episode) < 3))
+        assert part.rewards.tolist() == [10, 11, 20]
+
+    def test_environment_id(self, store: Callable[..., Any]) -> None:
+        store(_episode(0, 3), env=gym.make("Pendulum-v1"))
+        assert from_minari("made/up-v0").env_id == "Pendulum-v1"
+
+    def test_references_of_the_metadata_come_first(self, store: Callable[..., Any]) -> None:
+        stored = store(_episode(0, 3))
+        stored.storage.update_metadata({"ref_min_score": 1.0, "ref_max_score": 2})
+        assert from_minari(stored, name="hopper-medium-v2").references == (1.0, 2.0)
+        assert from_minari(stored, references=(0.0, 5.0)).references == (0.0, 5.0)
+
+    @pytest.mark.parametrize("data_format", STORAGES)
+    def test_neither_flag(self, store: Callable[..., Any], data_format: str) -> None:
+        store(_episode(0, 3, end="."), _episode(10, 2, end="t"), data_format=data_format)
+        with pytest.warns(UserWarning, match=r"made/up-v0: 1 episode\(s\) end with neither flag, taken as trunc") as w:
+            dataset = from_minari("made/up-v0")
+        assert Path(w[0].filename) == Path(__file__)
+        assert dataset.truncations.tolist() == [False, False, True, False, False]
+        assert dataset.unflagged_episodes.tolist() == [True, False]
+        assert len(dataset) == 5
+
+    def test_last_observation_missing(self, store: Callable[..., Any]) -> None:
+        store(
+            _episode(0, 3, n_observations=3),
+            _episode(10, 2, n_observations=2, end="t"),
+            _episode(20, 1, n_observations=1),
+            _episode(30, 1),
+        )
+        with pytest.warns(UserWarning, match=r"2 transition\(s\) at the end of truncated episodes were dropped"):
+            dataset = from_minari("made/up-v0")
+        assert [episode.observations[:, 0].tolist() for episode in dataset] == [[0, 1, 2], [10, 11, 11], [30, 31]]
+        assert dataset.truncations.tolist() == [False, True, False, False, True]
+        assert dataset.terminations.tolist() == [False, False, False, True, False]
+
+    def test_flag_inside_an_episode(self, store: Callable[..., Any]) -> None:
+        store(_episode(0, 4, end="t.x."), _episode(10, 2))
+        with pytest.warns(UserWarning, match=r"1 episode\(s\) end with neither flag.*; 2 flag\(s\) inside an episode"):
+            dataset = from_minari("made/up-v0")
+        pieces = [episode.observations[:, 0].tolist() for episode in dataset]
+        assert pieces == [[0, 1], [1, 2, 3], [3, 4], [10, 11, 12]]
+        assert dataset.terminations.tolist() == [True, False, False, False, False, False]
+        assert dataset.truncations.tolist() == [False, False, True, True, False, True]
+        assert dataset.unflagged_episodes.tolist() == [False, False, True, False]
+
+    def test_many_splits_outgrow_the_estimate(self, store: Callable[..., Any]) -> None:
+        store(_episode(0, 50, end="t" * 50))
+        with pytest.warns(UserWarning, match="49 flag"):
+            dataset = from_minari("made/up-v0")
+        assert dataset.n_episodes == 50
+        assert dataset.transitions(np.arange(50)).next_observations[:, 0].tolist() == list(range(1, 51))
+
+    def test_metadata_that_miscounts(self, store: Callable[..., Any]) -> None:
+        stored = store(_episode(0, 3))
+        stored.storage.update_metadata({"total_steps": 8})
+        with pytest.warns(UserWarning, match="the metadata counts 8 steps, the episodes hold 3"):
+            assert len(from_minari("made/up-v0")) == 3
+
+    def test_both_flags(self, store: Callable[..., Any]) -> None:
+        store(_episode(0, 2), _episode(0, 3, end="b"))
+        with pytest.raises(DatasetError, match="made/up-v0, field 'truncations', episode 1, row 2: expected at most one"):
+            from_minari("made/up-v0")
+        assert from_minari("made/up-v0", prefer_termination=True).terminations[-1]
+
+
+class TestRefused:
+    def test_id_not_on_disk(self) -> None:
+        with pytest.raises(DatasetError, match=r"D4RL/door/human-v2: expected .*`minari download D4RL/door/human-v2`"):
+            from_minari("D4RL/door/human-v2")
+
+    def test_download_is_left_to_minari(self, store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        stored, calls = store(_episode(0, 3)), []
+
+        def load_dataset(dataset_id: str, download: bool) -> Any:
+            calls.append((dataset_id, download))
+            return stored
+
+        monkeypatch.setattr(minari, "load_dataset", load_dataset)
+        assert len(from_minari("made/up-v0", download=True)) == 3
+        assert calls == [("made/up-v0", True)]
+
+    def test_not_a_number(self, store: Callable[..., Any]) -> None:
+        spoiled = _episode(0, 3)
+        spoiled["observations"][2] = np.nan
+        store(_episode(0, 3), spoiled)
+        with pytest.raises(DatasetError, match="made/up-v0, field 'observations', episode 1, row 2: expected finite"):
+            from_minari("made/up-v0")
+
+    @pytest.mark.parametrize(("field", "length"), [("actions", 2), ("terminations", 5), ("observations", 2)])
+    def test_lengths_disagree(self, store: Callable[..., Any], field: str, length: int) -> None:
+        spoiled = _episode(0, 3)
+        spoiled[field] = np.resize(spoiled[field], (length, *spoiled[field].shape[1:]))
+        store(_episode(0, 2), spoiled)
+        with pytest.raises(DatasetError, match=f"field '{field}', episode 1: expected . rows, got {length}"):
+            from_minari("made/up-v0")
+
+    def test_empty_episode(self, store: Callable[..., Any], minari_home: Path) -> None:
+        store(_episode(0, 2), _episode(0, 1))
+        with h5py.File(minari_home / "made/up-v0/data/main_data.hdf5", "a") as file:
+            for field in ("rewards", "actions", "terminations", "truncations"):
+                file[f"episode_1/{field}"].resize(0, axis=0)
+        with pytest.raises(DatasetError, match="field 'rewards', episode 1: expected at least one step, got an empty ep"):
+            from_minari("made/up-v0")
+
+    def test_missing_key(self, store: Callable[..., Any], minari_home: Path) -> None:
+        store(_episode(0, 2), _episode(0, 1))
+        with h5py.File(minari_home / "made/up-v0/data/main_data.hdf5", "a") as file:
+            del file["episode_1/rewards"]
+        with pytest.raises(DatasetError, match=r"made/up-v0, episode 1: Minari cannot read this episode .*rewards"):
+            from_minari("made/up-v0")
+
+    @pytest.mark.parametrize("content", [b"", b"not HDF5", None])
+    def test_file_cut_off_or_of_another_kind(self, store: Callable[..., Any], minari_home: Path, content: bytes | None) -> None:
+        store(_episode(0, 2))
+        path = minari_home / "made/up-v0/data/main_data.hdf5"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+        with pytest.raises(DatasetError, match=r"made/up-v0, episode 0: Minari cannot read .* may be cut off"):
+            from_minari("made/up-v0")
+
+    @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")])
+    def test_metadata_lost(self, store: Callable[..., Any], minari_home: Path, damage: Callable[[Path], Any]) -> None:
+        store(_episode(0, 2))
+        damage(minari_home / "made/up-v0/data/metadata.json")
+        with pytest.raises(DatasetError, match="made/up-v0: Minari cannot open it"):
+            from_minari("made/up-v0")
+
+    def test_episodes_lost(self, store: Callable[..., Any]) -> None:
+        stored = store(_episode(0, 2))
+        stored.storage.update_metadata({"total_episodes": 2})
+        with pytest.raises(DatasetError, match="episode 1: Minari cannot read"):
+            from_minari("made/up-v0")
+
+    def test_nothing_usable(self, store: Callable[..., Any]) -> None:
+        store(_episode(0, 1, n_observations=1))
+        with pytest.raises(DatasetError, match="at least one usable transition"):
+            from_minari("made/up-v0")
+
+    def test_dtype_that_changes(self, store: Callable[..., Any]) -> None:
+        single = _episode(0, 3)
+        single["observations"] = single["observations"].astype(np.float32)
+        store(_episode(0, 2), single)
+        with pytest.raises(DatasetError, match="'observations': expected dtype float64 as in the first episode"):
+            from_minari("made/up-v0")
+
+    def test_minari_missing(self, monkeypatch: pytest.MonkeyPatch, golden: OfflineDataset) -> None:
+        monkeypatch.setitem(sys.modules, "minari", None)
+        for call in (lambda: from_minari("made/up-v0"), lambda: to_minari(golden, "made/up-v0")):
+            with pytest.raises(ImportError, match=r'pip install "cql-plugins\[minari\]"'):
+                call()
+
+
+def _rich() -> OfflineDataset:
+    """Nested dict observations with an image that JPEG would spoil, and discrete actions."""
+    rng = np.random.default_rng(0)
+    space = spaces.Dict(
+        {
+            "state": spaces.Dict({"room": spaces.Discrete(4), "speed": spaces.Box(-9, 9, (2,), np.float32)}),
+            "image": spaces.Box(0, 255, (32, 40, 3), np.uint8),
+        }
+    )
+    return OfflineDataset(
+        {
+            "image": rng.integers(0, 256, (7, 32, 40, 3), dtype=np.uint8),
+            "state": {"speed": rng.normal(size=(7, 2)).astype(np.float32), "room": rng.integers(0, 4, 7)},
+        },
+        np.array([0, 2, 1, 0, 2]),
+        rng.normal(size=5),
+        [False, True, False, False, False],
+        [False, False, False, False, True],
+        observation_space=space,
+        action_space=spaces.Discrete(3),
+        references=(-3.0, 4.0),
+        env_id="CartPole-v1",
+    )
+
+
+class TestToMinari:
+    @pytest.mark.parametrize("data_format", STORAGES)
+    def test_round_trip(self, golden: OfflineDataset, assert_same: Any, data_format: str) -> None:
+        golden.to_minari("deep/er/golden-v3", data_format=data_format)
+        back = from_minari("deep/er/golden-v3")
+        assert_same(back, golden)
+        assert (back.name, back.env_id, back.references) == ("deep/er/golden-v3", None, None)
+
+    @pytest.mark.parametrize("data_format", STORAGES)
+    def test_round_trip_of_everything(self, assert_same: Any, data_format: str) -> None:
+        dataset = _rich()
+        to_minari(dataset, "rich-v0", data_format=data_format)
+        back = from_minari("rich-v0")
+        assert_same(back, dataset)
+        assert (back.env_id, back.references) == ("CartPole-v1", (-3.0, 4.0))
+
+    def test_twin_that_differs(self, golden: OfflineDataset, assert_same: Any) -> None:
+        to_minari(golden.scale_rewards(1.0, 1e-12), "golden-v0")
+        with pytest.raises(AssertionError):
+            assert_same(from_minari("golden-v0"), golden)
+
+    def test_metadata(self, golden: OfflineDataset, minari_home: Path) -> None:
+        stored = to_minari(golden, "golden-v0", author="A. Name", description="Two episodes", algorithm_name="by hand")
+        metadata = json.loads((minari_home / "golden-v0/data/metadata.json").read_text())
+        assert (metadata["author"], metadata["description"]) == (["A. Name"], "Two episodes")
+        assert stored.total_steps == 5
+        assert list(minari.list_local_datasets()) == ["golden-v0"]
+
+    def test_narrower_values_take_the_dtype_of_the_space(self, arguments: dict[str, Any]) -> None:
+        arguments["observation_space"] = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        to_minari(OfflineDataset(**arguments), "golden-v0", data_format="arrow")
+        assert from_minari("golden-v0").observations.dtype == np.float64
+
+    def test_id_taken(self, golden: OfflineDataset, assert_same: Any) -> None:
+        to_minari(golden, "golden-v0")
+        with pytest.raises(DatasetError, match="golden-v0: expected an id that is not taken"):
+            to_minari(golden[:1], "golden-v0")
+        assert_same(from_minari("golden-v0"), golden)
+
+    @pytest.mark.parametrize("dataset_id", ["no version", "deep/er/no version"])
+    def test_malformed_id(self, golden: OfflineDataset, minari_home: Path, dataset_id: str) -> None:
+        with pytest.raises(DatasetError, match="Malformed dataset ID"):
+            to_minari(golden, dataset_id)
+        assert list(minari_home.iterdir()) == []
+
+    def test_unknown_storage(self, golden: OfflineDataset, minari_home: Path) -> None:
+        with pytest.raises(DatasetError, match="No storage implemented for csv"):
+            to_minari(golden, "golden-v0", data_format="csv")
+        assert list(minari_home.iterdir()) == []
+
+    def test_wider_values_are_refused(self, arguments: dict[str, Any], minari_home: Path) -> None:
+        arguments["actions"] = arguments["actions"].astype(np.float64)
+        with pytest.raises(DatasetError, match=r"expected values of the dtype of Box.*got float64"):
+            to_minari(OfflineDataset(**arguments), "deep/er/golden-v0")
+        assert list(minari_home.iterdir()) == []
+
+    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+    def test_nothing_half_written(
+        self, golden: OfflineDataset, minari_home: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    ) -> None:
+        to_minari(golden, "deep/first-v0")
+        before = sorted(path.relative_to(minari_home) for path in minari_home.rglob("*"))
+        from minari.dataset._storages.hdf5_storage import HDF5Storage
+
+        write = HDF5Storage.update_episodes
+
+        def fail_half_way(self: Any, episodes: Any) -> None:
+            write(self, episodes[:1])
+            raise error
+
+        monkeypatch.setattr(HDF5Storage, "update_episodes", fail_half_way)
+        with pytest.raises((DatasetError, KeyboardInterrupt)):
+            to_minari(golden, "deep/er/second-v0")
+        assert sorted(path.relative_to(minari_home) for path in minari_home.rglob("*")) == before
+
+    def test_storage_library_missing(self, golden: OfflineDataset, minari_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise ImportError("pyarrow is not installed")
+
+        monkeypatch.setattr(minari, "create_dataset_from_buffers", refuse)
+        with pytest.raises(ImportError, match=r"cql-plugins\[arrow\]"):
+            to_minari(golden, "golden-v0", data_format="arrow")
+
+    def test_environment_that_is_not_registered(self, arguments: dict[str, Any]) -> None:
+        to_minari(OfflineDataset(**arguments | {"env_id": "Nowhere-v7"}), "golden-v0")
+        assert from_minari("golden-v0").env_id is None
+
+
+def test_home_of_the_tests_is_empty(minari_home: Path) -> None:
+    """The user's own data sets are out of reach."""
+    assert minari.list_local_datasets() == {}
+    shutil.rmtree(minari_home)

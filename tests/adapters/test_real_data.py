@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+
+from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari, to_sb3
+
+DOOR = "dapg/door/human-replay-v0"
+REPLAY = "published-policies/halfcheetah/replay-v0"
+
+
+@pytest.fixture
+def real_minari(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(data_root / "minari"))
+    return data_root / "minari"
+
+
+class _Target(gym.Env[Any, Any]):
+    def __init__(self, dataset: OfflineDataset) -> None:
+        self.observation_space = dataset.observation_space
+        self.action_space = dataset.action_space
+
+
+def test_door_is_the_same_through_both_formats(real_minari: Path, data_root: Path) -> None:
+    """Minari keeps float64 and the last observations; HDF5 float32 without them, which costs one transition per episode."""
+    double = from_minari(DOOR)
+    with pytest.warns(UserWarning, match=r"door-human\.hdf5: 25 transition\(s\) .* dropped"):
+        single = from_d4rl(data_root / "d4rl" / "door-human.hdf5")
+    assert (double.n_episodes, len(double), double.observations.dtype) == (25, 6729, np.float64)
+    assert (single.n_episodes, len(single), single.observations.dtype) == (25, 6704, np.float32)
+    kept = np.setdiff1d(np.arange(6729), double.offsets[1:] - 1)
+    left, right = double.transitions(kept), single.transitions(np.arange(6704))
+    for field in ("observations", "next_observations", "actions", "rewards"):
+        np.testing.assert_array_equal(getattr(left, field).astype(np.float32), getattr(right, field))
+    np.testing.assert_array_equal(double.episode_lengths - 1, single.episode_lengths)
+    assert not double.terminations.any()
+    assert not single.terminations.any()
+    assert double.references == single.references == (-56.512833, 2880.5693087298737)
+    assert double.env_id == "AdroitHandDoor-v1"
+    # The twin: one row further, nothing fits.
+    shifted = double.transitions(kept + 1)
+    assert not np.array_equal(shifted.observations.astype(np.float32), right.observations)
+
+
+def test_door_reaches_the_buffer_unchanged(real_minari: Path) -> None:
+    dataset = from_minari(DOOR)
+    buffer = to_sb3(dataset, _Target(dataset))
+    everything = dataset.transitions(np.arange(len(dataset)))
+    assert buffer.observations.dtype == np.float64
+    np.testing.assert_array_equal(buffer.observations[:, 0], everything.observations)
+    np.testing.assert_array_equal(buffer.next_observations[:, 0], everything.next_observations)
+    np.testing.assert_array_equal(buffer.actions[:, 0], np.clip(everything.actions, -1, 1))
+    assert buffer.dones.sum() == buffer.timeouts.sum() == 25
+
+
+def test_halfcheetah_replay(real_minari: Path, rng: np.random.Generator) -> None:
+    dataset = from_minari(REPLAY)
+    assert (dataset.n_episodes, len(dataset)) == (200, 200_000)
+    assert dataset.env_id == "HalfCheetah-v5"
+    assert set(dataset.episode_lengths.tolist()) == {1000}
+    assert dataset.normalized_score().mean() == pytest.approx(24.4, abs=0.1)
+    buffer = to_sb3(dataset, _Target(dataset))
+    rows = rng.integers(0, len(dataset), 300)
+    with h5py.File(real_minari / REPLAY / "data" / "main_data.hdf5") as file:
+        for row in rows:
+            episode, step = file[f"episode_{row // 1000}"], row % 1000
+            np.testing.assert_array_equal(buffer.observations[row, 0], episode["observations"][step])
+            np.testing.assert_array_equal(buffer.next_observations[row, 0], episode["observations"][step + 1])
+            np.testing.assert_array_equal(buffer.actions[row, 0], episode["actions"][step])
+            assert buffer.rewards[row, 0] == np.float32(episode["rewards"][step])
+            assert buffer.timeouts[row, 0] == episode["truncations"][step]
+            assert buffer.dones[row, 0] == (episode["terminations"][step] or episode["truncations"][step])
+
+
+def test_halfcheetah_medium_expert(data_root: Path, rng: np.random.Generator) -> None:
+    path = data_root / "d4rl" / "halfcheetah-medium-expert.hdf5"
+    with pytest.warns(UserWarning, match=r"200 transition\(s\) .* dropped"):
+        dataset = from_d4rl(path)
+    assert (dataset.n_episodes, len(dataset)) == (200, 199_800)
+    assert set(dataset.episode_lengths.tolist()) == {999}
+    assert dataset.normalized_score().mean() == pytest.approx(63.5, abs=0.1)
+    rows = rng.integers(0, len(dataset), 300)
+    sample = dataset.transitions(rows)
+    raw_rows = rows + rows // 999
+    with h5py.File(path) as file:
+        observations = file["observations"][()]
+        np.testing.assert_array_equal(sample.observations, observations[raw_rows])
+        np.testing.assert_array_equal(sample.next_observations, observations[raw_rows + 1])
+        np.testing.assert_array_equal(sample.actions, file["actions"][()][raw_rows])
+        np.testing.assert_array_equal(sample.rewards, file["rewards"][()][raw_rows])
+
+
+def test_pen_terminates_and_times_out(real_minari: Path) -> None:
+    summary = from_minari("dapg/pen/expert-regen-v0").summary()
+    assert (summary.n_episodes, summary.n_transitions) == (50, 4898)
+    assert (summary.share_terminated, summary.share_truncated) == (0.06, 0.94)
+    assert summary.scores is not None
+    assert summary.scores.mean == pytest.approx(91.0, abs=0.1)

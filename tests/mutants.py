@@ -1,0 +1,139 @@
+"""Mutation check: break the penalty in one way at a time; the suite must fail for each.
+
+    python tests/mutants.py            # all mutants, one line each
+    python tests/mutants.py sign axis  # some of them
+
+Each mutant is one replacement in a copy of the package. A replacement that finds nothing is an error: the code has changed.
+The exit status is the number of mutants that survived.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOSSES, CQL, CALQL, RETURNS, BUFFERS = (
+    "cql_plugins/losses.py",
+    "cql_plugins/sb3/cql.py",
+    "cql_plugins/sb3/cal_ql.py",
+    "cql_plugins/returns.py",
+    "cql_plugins/sb3/buffers.py",
+)
+SOFT_MAXIMUM = "    return temperature * th.logsumexp(logits, dim=2)"
+
+MUTANTS: dict[str, tuple[str, str, str]] = {
+    # The ten ways of the penalty.
+    "sign": (LOSSES, "loss = loss + weight * (gap", "loss = loss - weight * (gap"),
+    "importance-weight": (LOSSES, "logits = logits - log_density", "logits = logits + log_density"),
+    "no-importance-weight": (LOSSES, "        logits = logits - log_density", "        pass"),
+    "axis": (
+        LOSSES,
+        SOFT_MAXIMUM,
+        "    return temperature * th.logsumexp(logits, dim=1).mean(1, keepdim=True).expand(logits.shape[:2])",
+    ),
+    "three-actions": (
+        LOSSES,
+        SOFT_MAXIMUM,
+        "    return temperature * th.logsumexp(logits.unflatten(2, (-1, max(1, logits.shape[2] // 3))).mean(-1), dim=2)",
+    ),
+    "mean": (LOSSES, SOFT_MAXIMUM, "    return temperature * logits.mean(dim=2)"),
+    "max": (LOSSES, SOFT_MAXIMUM, "    return temperature * logits.max(dim=2).values"),
+    "divided-by-n": (
+        LOSSES,
+        SOFT_MAXIMUM,
+        "    return temperature * (th.logsumexp(logits, dim=2) - math.log(logits.shape[2]))",
+    ),
+    "detached-data-term": (
+        CQL,
+        "            q_data,\n            th.cat(list(bounded",
+        "            q_data.detach(),\n            th.cat(list(bounded",
+    ),
+    "undetached-density": (
+        LOSSES,
+        "mean, std = mean.detach().unsqueeze(1), std.detach()",
+        "mean, std = mean.unsqueeze(1), std",
+    ),
+    "bound-from-above": (LOSSES, "bounded = q_values.detach() < reference", "bounded = q_values.detach() > reference"),
+    "max-backup-order": (
+        LOSSES,
+        "q_values.min(dim=0).values.max(dim=1, keepdim=True)",
+        "q_values.max(dim=0).values.max(dim=1, keepdim=True)",
+    ),
+    "no-calibration": (CALQL, "            shares.append", "            bounded[name] = q_values\n            shares.append"),
+    "calibrates-random": (CALQL, 'if name == "random" and not self.calibrate_random', "if False"),
+    "temperature-around-the-density": (
+        LOSSES,
+        "logits = logits - log_density",
+        "logits = logits - log_density / temperature",
+    ),
+    "temperature-inside-only": (LOSSES, SOFT_MAXIMUM, "    return th.logsumexp(logits, dim=2)"),
+    # Around it.
+    "next-actions-at-next-states": (
+        CQL,
+        "self.critic, batch.observations, actions)\n        q_data,",
+        "self.critic, batch.next_observations, actions)\n        q_data,",
+    ),
+    "clamped-density": (
+        LOSSES,
+        "log_jacobian = 2.0 * (_LOG_2 - pre_tanh - F.softplus(-2.0 * pre_tanh))",
+        "log_jacobian = th.log(1 - th.tanh(pre_tanh) ** 2 + 1e-6)",
+    ),
+    "un-halved": (LOSSES, "    return 0.5 * loss", "    return loss"),
+    "entropy-always-in-the-target": (CQL, "        if self.backup_entropy:", "        if True:"),
+    "gradient-through-the-bound": (
+        LOSSES,
+        "th.where(bounded, reference, q_values)",
+        "th.where(bounded, reference + q_values - q_values.detach(), q_values)",
+    ),
+    "time-out-as-termination": (
+        RETURNS,
+        "truncated = np.asarray(truncations, dtype=bool) & ~terminated",
+        "truncated = np.zeros_like(terminated)",
+    ),
+    "partial-returns-online": (
+        BUFFERS,
+        "        self.returns_to_go[row] = -np.inf",
+        "        self.returns_to_go[row] = reward",
+    ),
+    "lagrange-direction": (LOSSES, "return -(lagrange_multiplier", "return (lagrange_multiplier"),
+}
+
+
+def survives(name: str) -> bool:
+    """Run the suite against one mutant."""
+    path, old, new = MUTANTS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("cql_plugins", "adapters", "tests"):
+            shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        source = (copy / path).read_text(encoding="utf-8")
+        if source.count(old) != 1:
+            raise SystemExit(f"mutant {name}: found its text {source.count(old)} times in {path}, expected once")
+        (copy / path).write_text(source.replace(old, new), encoding="utf-8")
+        tests = ["tests/test_losses.py", "tests/test_returns.py", "tests/sb3/test_update.py", "tests/sb3/test_buffers.py"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        # The copy goes before an editable install of the package.
+        environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"mutant {name}: pytest did not run\n{done.stdout}{done.stderr}")
+        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        print(f"{name:32} {'SURVIVED' if done.returncode == 0 else 'killed by ' + failed[0].split()[1]}", flush=True)
+        return done.returncode == 0
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or list(MUTANTS)
+    survivors = [name for name in chosen if survives(name)]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed" + (f"; survived: {survivors}" if survivors else ""))
+    raise SystemExit(len(survivors))
+
+
+if __name__ == "__main__":
+    main()
