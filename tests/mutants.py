@@ -27,6 +27,7 @@ LOSSES, CQL, CALQL, RETURNS, BUFFERS = (
 SOFT_MAXIMUM = "    return temperature * th.logsumexp(logits, dim=2)"
 
 MUTANTS: dict[str, tuple[str, str, str]] = {
+    "none": (LOSSES, SOFT_MAXIMUM, SOFT_MAXIMUM),  # must survive: the check itself works
     # The ten ways of the penalty.
     "sign": (LOSSES, "loss = loss + weight * (gap", "loss = loss - weight * (gap"),
     "importance-weight": (LOSSES, "logits = logits - log_density", "logits = logits + log_density"),
@@ -129,7 +130,9 @@ def survives(name: str) -> bool:
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or list(MUTANTS)
+    chosen = sys.argv[1:] or [name for name in MUTANTS if name != "none"]
+    if not survives("none"):
+        raise SystemExit("the suite fails without any mutant")
     survivors = [name for name in chosen if survives(name)]
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed" + (f"; survived: {survivors}" if survivors else ""))
     raise SystemExit(len(survivors))

@@ -17,7 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gymnasium import spaces
+
+from cql_plugins.adapters import from_arrays
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -72,6 +76,23 @@ def chains(blocks: list[Block]) -> list[list[Block]]:
         else:
             grouped.append([block])
     return grouped
+
+
+@pytest.fixture(autouse=True)
+def door(minari_home: Path) -> None:
+    """A stand-in for D4RL's door set, so that the README's first example needs no download: its spaces, random contents."""
+    rng = np.random.default_rng(0)
+    walks = rng.normal(size=(2, 21, 39))
+    from_arrays(
+        walks[:, :-1].reshape(40, 39),
+        rng.uniform(-1, 1, size=(40, 28)).astype(np.float32),
+        rng.normal(size=40),
+        np.zeros(40, dtype=bool),
+        np.arange(40) % 20 == 19,
+        next_observations=walks[:, 1:].reshape(40, 39),
+        observation_space=spaces.Box(-np.inf, np.inf, (39,), np.float64),
+        action_space=spaces.Box(-1, 1, (28,), np.float32),
+    ).to_minari("D4RL/door/human-v2")
 
 
 @pytest.mark.parametrize("chain", [pytest.param(c, id=f"line-{c[0].line}") for c in chains(parse(README.read_text("utf-8")))])

@@ -49,6 +49,10 @@ class MetricsMean:
         self._sums: dict[str, th.Tensor] = {}
         self._counts: dict[str, int] = {}
 
+    def __bool__(self) -> bool:
+        """Whether there were gradient steps since the last call of :meth:`pop`."""
+        return bool(self._sums)
+
     def update(self, metrics: CQLMetrics) -> None:
         """Add one gradient step."""
         for field in fields(metrics):

@@ -217,9 +217,9 @@ class OfflineMixin(OffPolicyAlgorithm):
             raise ValueError(f"gradient_steps must not be negative; got {gradient_steps}.")
         self.set_offline_data(dataset)
         name = f"{type(self).__name__}_offline" if tb_log_name is None else tb_log_name
-        listener = self._setup_learn_offline(gradient_steps, callback, name, progress_bar)
-        total_timesteps = self._total_timesteps
         try:
+            listener = self._setup_learn_offline(gradient_steps, callback, name, progress_bar)
+            total_timesteps = self._total_timesteps
             listener.on_training_start(
                 {"self": self, "total_timesteps": total_timesteps, "tb_log_name": name, "log_interval": log_interval},
                 globals(),
@@ -235,7 +235,8 @@ class OfflineMixin(OffPolicyAlgorithm):
                 if log_interval and self.num_timesteps % log_interval == 0:
                     self._dump_offline_logs()
             listener.on_training_end()
-            self._dump_offline_logs()
+            if self._metrics:
+                self._dump_offline_logs()
         finally:
             self._restore_online_clock()
         return self
@@ -259,6 +260,7 @@ class OfflineMixin(OffPolicyAlgorithm):
             callback = ConvertCallback(callback)
         if progress_bar:
             callback = CallbackList([callback, OfflineProgressBarCallback()])
+        self._restore_online_clock()  # a checkpoint from the middle of an offline run was saved with this clock
         self._num_timesteps_online = self.num_timesteps
         self.num_timesteps = self._num_timesteps_at_start = self._n_offline_steps
         self._total_timesteps = self._n_offline_steps + gradient_steps
@@ -293,6 +295,11 @@ class OfflineMixin(OffPolicyAlgorithm):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         self._restore_online_clock()  # as in `_setup_learn_offline`
+        if self.env is not None and self.replay_buffer is not None and self.replay_buffer.n_envs != self.env.num_envs:
+            raise ValueError(
+                f"The replay buffer was filled with {self.replay_buffer.n_envs} environment(s), the model collects with "
+                f"{self.env.num_envs}: nothing could be added to it. Pass it to set_offline_data() to learn from it."
+            )
         before = self._last_obs
         result = super()._setup_learn(*args, **kwargs)
         if self._last_obs is not before and isinstance(self.replay_buffer, ReturnsToGoMixin):
