@@ -302,6 +302,7 @@ class CQL(OfflineMixin, SAC):
             critic_step = self._update_critic(batch, target, policy_step, next_policy)
             actor_loss = self._update_actor(batch, policy_step, ent_coef)
             self._n_updates += 1
+            # Counted over all calls; SAC counts anew in each, so that one step a call always moves the targets.
             if (self._n_updates - 1) % self.target_update_interval == 0:
                 self._update_targets()
 

@@ -260,7 +260,6 @@ class OfflineMixin(OffPolicyAlgorithm):
             callback = ConvertCallback(callback)
         if progress_bar:
             callback = CallbackList([callback, OfflineProgressBarCallback()])
-        self._restore_online_clock()  # a checkpoint from the middle of an offline run was saved with this clock
         self._num_timesteps_online = self.num_timesteps
         self.num_timesteps = self._num_timesteps_at_start = self._n_offline_steps
         self._total_timesteps = self._n_offline_steps + gradient_steps

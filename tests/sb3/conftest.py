@@ -35,8 +35,8 @@ class Corridor(gym.Env[Any, np.ndarray]):
 
     WALL = 2.0
 
-    def __init__(self, form: str = "vector", limit: int = 8, channels_first: bool = False) -> None:
-        self.form, self.limit, self.channels_first = form, limit, channels_first
+    def __init__(self, form: str = "vector", limit: int = 8, channels_first: bool = False, start: float | None = None) -> None:
+        self.form, self.limit, self.channels_first, self.start = form, limit, channels_first, start
         self.action_space = spaces.Box(-1.0, 3.0, (1,), np.float32)
         vector = spaces.Box(-10.0, 10.0, (2,), np.float32)
         image = spaces.Box(0, 255, (1, SIDE, SIDE) if channels_first else (SIDE, SIDE, 1), np.uint8)
@@ -71,7 +71,8 @@ class Corridor(gym.Env[Any, np.ndarray]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        self.position, self.speed, self.clock = float(self.np_random.uniform(-1.0, 1.0)), 0.0, 0
+        start = self.np_random.uniform(-1.0, 1.0) if self.start is None else self.start
+        self.position, self.speed, self.clock = float(start), 0.0, 0
         return self._observe(), {}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
