@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,9 @@ SAC_ARGUMENTS: dict[str, Any] = {
     "policy_kwargs": {"net_arch": [64, 64]},
     "device": "cpu",
 }
-# The weight goes with the size of the rewards. `None`: the actor learns at the rate that SAC's actor has.
-CQL_ARGUMENTS: dict[str, Any] = {"cql_alpha": 1.0, "actor_learning_rate": None}
+# The weight is a matter of the size of the rewards. The rest takes away what would blur the comparison: the actor learns at the
+# rate of SAC's (`None`), and Cal-QL differs from CQL by its bound alone (its default would be a target with a maximum).
+CQL_ARGUMENTS: dict[str, Any] = {"cql_alpha": 1.0, "actor_learning_rate": None, "max_q_backup": False}
 
 
 # The task and the log ----------------------------------------------------------------------------------------------------
@@ -248,28 +249,36 @@ COLORS = {"SAC": "#d1495b", "CQL": "#2e6f95", "Cal-QL": "#3a9d5d"}
 
 
 def print_table(log: OfflineDataset, results: dict[str, Any]) -> None:
-    """One column for the log and for each algorithm."""
-    arrived = 10.0 * log.episode_returns  # An arrival pays 10: the mean return times ten is the share of arrivals.
-    discounted = log.returns_to_go(GAMMA)[log.offsets[:-1]]
+    """Two columns for the log, one for each algorithm."""
     table = Table(title="50 walks each; values and returns are discounted")
-    table.add_column("", style="dim")
-    table.add_column("the log", justify="right")
+    table.add_column("")
+    for name in ("log,\nmean", "log,\nbest"):
+        table.add_column(name, justify="right")
     for name in results:
         table.add_column(name, justify="right", style=COLORS[name])
-    rows: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
-        ("arrive, after offline training", f"{arrived.mean():.0f} %", lambda r: f"[bold]{r['offline']['arrived']:.0f} %"),
-        ("arrive, after online training", "", lambda r: f"[bold]{r['online']['arrived']:.0f} %"),
-        ("walks that failed while learning online", "", lambda r: f"{r['failed_walks']} of {r['walks']}"),
-        ("Q of the data's actions, after offline training", "", lambda r: f"{r['offline']['q_data']:.2f}"),
-        ("Q of the policy's actions", "", lambda r: f"{r['offline']['q_policy']:.2f}"),
-        ("Q of random actions", "", lambda r: f"{r['offline']['q_random']:.2f}"),
-        ("predicted return from the start", "", lambda r: f"{r['offline']['predicted']:.2f}"),
-        ("actual return from the start", f"{discounted.mean():.2f}", lambda r: f"{r['offline']['actual']:.2f}"),
-        ("predicted - actual", "", lambda r: f"{r['offline']['predicted'] - r['offline']['actual']:+.2f}"),
-        ("seconds", "", lambda r: f"{r['seconds']:.0f}"),
-    ]
-    for label, of_log, of_result in rows:
-        table.add_row(label, of_log, *(of_result(result) for result in results.values()))
+
+    def row(label: str, cells: Iterable[str], of_log: Iterable[str] = ("", "")) -> None:
+        table.add_row(label, *of_log, *cells)
+
+    offline = [result["offline"] for result in results.values()]
+    arrived = 10.0 * log.episode_returns  # An arrival pays 10: the mean return times ten is the share of arrivals.
+    discounted = log.returns_to_go(GAMMA)[log.offsets[:-1]]
+    row(
+        "arrive after offline training",
+        (f"{r['arrived']:.0f} %" for r in offline),
+        (f"{f(arrived):.0f} %" for f in (np.mean, np.max)),
+    )
+    row("arrive after online training", (f"{r['online']['arrived']:.0f} %" for r in results.values()))
+    row("walks failed in online training", (f"{r['failed_walks']} of {r['walks']}" for r in results.values()))
+    table.add_section()
+    row("Q, data's actions (offline)", (f"{r['q_data']:.2f}" for r in offline))
+    row("Q, policy's actions", (f"{r['q_policy']:.2f}" for r in offline))
+    row("Q, random actions", (f"{r['q_random']:.2f}" for r in offline))
+    row("predicted return of a walk", (f"{r['predicted']:.2f}" for r in offline))
+    row("actual return of a walk", (f"{r['actual']:.2f}" for r in offline), (f"{f(discounted):.2f}" for f in (np.mean, np.max)))
+    row("predicted - actual", (f"{r['predicted'] - r['actual']:+.2f}" for r in offline))
+    table.add_section()
+    row("seconds", (f"{r['seconds']:.0f}" for r in results.values()))
     Console().print(table)
 
 
@@ -286,20 +295,15 @@ def draw(path: Path, log: OfflineDataset, recorders: dict[str, Recorder], switch
     for name, recorder in recorders.items():
         for walk in recorder.walks:
             plan.plot(*walk.T, color=COLORS[name], lw=1.3, alpha=0.85)
-            plan.plot(
-                *walk[-1], marker="o" if walk[-1][0] > Bridge.goal else "X", color=COLORS[name], ms=6, mec="white", mew=0.6
-            )
+            end = "o" if walk[-1, 0] > Bridge.goal else "X"
+            plan.plot(*walk[-1], marker=end, color=COLORS[name], ms=6, mec="white", mew=0.6)
+    for x, text in ((-0.95, "near bank"), (0.0, "river"), (0.9, "goal")):
+        plan.text(x, -0.93, text, ha="left" if x < -0.5 else "center", color="0.25", style="italic")
     plan.plot([], [], color="0.45", lw=1, label="the log")
     for name, color in COLORS.items():
         plan.plot([], [], color=color, label=name)
-    plan.set(
-        title="Walks after offline training",
-        xlabel="x  (goal: right of the dotted line)",
-        ylabel="y",
-        xlim=(-1, 1),
-        ylim=(-1, 1),
-    )
-    plan.legend(loc="lower right", framealpha=0.9)
+    plan.set(title="Walks after offline training", xlabel="x", ylabel="y", xlim=(-1, 1), ylim=(-1, 1))
+    plan.legend(loc="upper right", framealpha=0.9)
 
     arrived = 10.0 * log.episode_returns
     curves.axhline(arrived.mean(), color="0.35", ls="--", lw=1.2, label="mean of the log")
@@ -311,25 +315,26 @@ def draw(path: Path, log: OfflineDataset, recorders: dict[str, Recorder], switch
     for side, text in (("right", "offline: gradient steps "), ("left", " online: environment steps")):
         curves.text(switch, 107, text, ha=side, va="center")
     curves.set(title="Walks that arrive", xlabel="steps", ylabel="% of 50 walks", ylim=(-3, 112), xlim=(0, None))
-    curves.legend(loc="center left", framealpha=0.9)
+    curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5, frameon=False)
 
+    kinds = {
+        "q_policy": ("-", "the policy's actions"),
+        "q_data": ("--", "the log's actions"),
+        "q_random": (":", "random actions"),
+    }
     axes = bottom.subplots(1, 3, sharey=True)
     for ax, (name, recorder) in zip(axes, recorders.items(), strict=True):
         points = [point for point in recorder.curve if point["step"] <= switch]
         steps = [point["step"] for point in points]
-        for key, style, label in (
-            ("q_policy", "-", "Q of the policy's actions"),
-            ("q_data", "--", "Q of the data's actions"),
-            ("q_random", ":", "Q of random actions"),
-        ):
-            ax.plot(steps, [point[key] for point in points], color=COLORS[name], ls=style, lw=2, label=label)
-        ax.plot(steps, [point["predicted"] for point in points], color="black", lw=1, label="predicted return of a walk")
-        ax.fill_between(
-            steps, [point["actual"] for point in points], color="black", alpha=0.12, lw=0, label="actual return of a walk"
-        )
+        for key, (style, _) in kinds.items():
+            ax.plot(steps, [point[key] for point in points], color=COLORS[name], ls=style, lw=2)
+        ax.plot(steps, [point["predicted"] for point in points], color="black", lw=1, label="Q at the start: predicted return")
+        ax.fill_between(steps, [point["actual"] for point in points], color="black", alpha=0.12, lw=0, label="actual return")
         ax.set(title=f"{name}, offline", xlabel="gradient steps", xlim=(0, switch))
-    axes[0].set_ylabel("value, discounted")
-    axes[0].legend(fontsize="small")
+    for style, label in kinds.values():
+        axes[0].plot([], [], color="0.3", ls=style, lw=2, label=f"Q of {label}")
+    axes[0].set_ylabel("discounted return")
+    bottom.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
