@@ -269,7 +269,7 @@ def print_table(log: OfflineDataset, results: dict[str, Any]) -> None:
         (f"{f(arrived):.0f} %" for f in (np.mean, np.max)),
     )
     row("arrive after online training", (f"{r['online']['arrived']:.0f} %" for r in results.values()))
-    row("walks failed in online training", (f"{r['failed_walks']} of {r['walks']}" for r in results.values()))
+    row("walks failed while online", (f"{r['failed_walks']} of {r['walks']}" for r in results.values()))
     table.add_section()
     row("Q, data's actions (offline)", (f"{r['q_data']:.2f}" for r in offline))
     row("Q, policy's actions", (f"{r['q_policy']:.2f}" for r in offline))
