@@ -110,8 +110,8 @@ class CQL(OfflineMixin, SAC):
 
     Departures from SAC's defaults: the Bellman target has no entropy term (``backup_entropy``), and actor and entropy
     coefficient have a learning rate of their own (``actor_learning_rate``). With ``cql_alpha=0``, ``backup_entropy=True`` and
-    ``actor_learning_rate=None`` it is SAC, number for number; ``target_update_interval`` counts gradient steps over all calls of
-    ``train``, where SAC starts anew in each, so that an interval above 1 is kept with one gradient step a call, too.
+    ``actor_learning_rate=None`` it is SAC, number for number. ``target_update_interval`` counts gradient steps over all calls
+    of ``train``, where SAC starts anew in each, so that an interval above 1 is kept with one gradient step a call, too.
 
     Args:
         policy: See SAC, as all arguments up to ``device``.
