@@ -10,6 +10,7 @@ reduces, since reductions are where conventions differ.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch as th
@@ -24,6 +25,13 @@ LAGRANGE_MAX = 1e6
 _LOG_2 = math.log(2.0)
 
 
+class Gaussian(NamedTuple):
+    """A policy's normal distribution before the squash; mean and standard deviation have shape ``(B, A)``."""
+
+    mean: Tensor
+    std: Tensor
+
+
 class ProposedActions(NamedTuple):
     """Actions drawn from a proposal, with the density they were drawn with.
 
@@ -34,6 +42,36 @@ class ProposedActions(NamedTuple):
 
     actions: Tensor
     log_density: Tensor
+
+
+class Calibration(NamedTuple):
+    """What Cal-QL adds to the penalty.
+
+    Attributes:
+        returns_to_go: ``G(s)``, shape ``(B, 1)``; ``-inf`` where it is not known.
+        calibrate_random: Whether the uniform actions' values are bounded, too.
+    """
+
+    returns_to_go: Tensor
+    calibrate_random: bool = False
+
+
+class Penalty(NamedTuple):
+    """The conservative gap of a batch and what is logged of it.
+
+    Attributes:
+        gap: Shape ``(C, B)``, with gradient.
+        q_data: ``Q_j(s, a_data)``, shape ``(C, B)``, with gradient.
+        q_policy: Mean unbounded Q of the current policy's actions.
+        q_random: Mean unbounded Q of uniform actions, where the variant has them.
+        bound_rate: Share of values that Cal-QL bounded, where it bounds.
+    """
+
+    gap: Tensor
+    q_data: Tensor
+    q_policy: Tensor
+    q_random: Tensor | None
+    bound_rate: Tensor | None
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
@@ -97,6 +135,31 @@ def propose_uniformly(like: Tensor, n_actions: int) -> ProposedActions:
     batch_size, action_dim = like.shape
     actions = th.empty(batch_size, n_actions, action_dim, dtype=like.dtype, device=like.device).uniform_(-1.0, 1.0)
     return ProposedActions(actions, actions.new_full((batch_size, n_actions), -action_dim * _LOG_2))
+
+
+def propose_actions(
+    variant: CQLVariant, data_actions: Tensor, policy: Gaussian, next_policy: Gaussian, n_actions: int
+) -> dict[str, ProposedActions]:
+    """Draw the actions of the soft maximum, by group; all are to be evaluated at the current state.
+
+    Args:
+        variant: ``H`` has the three groups ``random``, ``current`` and ``next``; the others have ``current`` alone.
+        data_actions: The data's actions, shape ``(B, A)``; gives the sizes.
+        policy: The policy at the current states.
+        next_policy: The policy at the next states.
+        n_actions: ``N``, actions in each group.
+
+    Returns:
+        The groups, in the order in which they enter the soft maximum.
+    """
+    current = propose_from_policy(policy.mean, policy.std, n_actions)
+    if variant != "H":
+        return {"current": current}
+    return {
+        "random": propose_uniformly(data_actions, n_actions),
+        "current": current,
+        "next": propose_from_policy(next_policy.mean, next_policy.std, n_actions),
+    }
 
 
 # Target --------------------------------------------------------------------------------------------------------------
@@ -235,29 +298,127 @@ def conservative_gap(
     return gap.clamp(*clip) if clip != (-math.inf, math.inf) else gap
 
 
+def conservative_penalty(
+    q_values: Tensor,
+    groups: Mapping[str, ProposedActions],
+    *,
+    calibration: Calibration | None = None,
+    variant: CQLVariant = "H",
+    temperature: float = 1.0,
+    clip: tuple[float, float] = (-math.inf, math.inf),
+    normalize: bool = False,
+) -> Penalty:
+    """The gap of CQL, or of Cal-QL, from the values of the data's and of all proposed actions.
+
+    Args:
+        q_values: Shape ``(C, B, 1 + M)``: the data's action first, then the groups in their order.
+        groups: From :func:`propose_actions`.
+        calibration: Bounds the policy's groups by the returns-to-go [Cal-QL, Eq. 5.1], never the data action's value; ``None``
+            for CQL.
+        variant: See :func:`conservative_gap`, as the arguments that follow.
+        temperature: ``T``.
+        clip: Smallest and largest gap of one sample.
+        normalize: Subtract the gap of a flat Q.
+
+    Returns:
+        The gap and what is logged of it.
+    """
+    q_data, q_sampled = q_values[:, :, 0], q_values[:, :, 1:]
+    q_groups = dict(zip(groups, q_sampled.split([g.actions.shape[1] for g in groups.values()], dim=2), strict=True))
+    q_policy = q_groups["current"].detach().mean()
+    q_random = q_groups["random"].detach().mean() if "random" in q_groups else None
+    bound_rate = None
+    if calibration is not None:
+        shares = []
+        for name, values in q_groups.items():
+            if name == "random" and not calibration.calibrate_random:
+                continue
+            q_groups[name], is_bounded = bound_by_returns(values, calibration.returns_to_go)
+            shares.append(is_bounded.float().mean())
+        q_sampled, bound_rate = th.cat(list(q_groups.values()), dim=2), th.stack(shares).mean()
+    gap = conservative_gap(
+        q_data,
+        q_sampled,
+        th.cat([group.log_density for group in groups.values()], dim=1),
+        action_dim=groups["current"].actions.shape[2],
+        variant=variant,
+        temperature=temperature,
+        clip=clip,
+        normalize=normalize,
+    )
+    return Penalty(gap, q_data, q_policy, q_random, bound_rate)
+
+
+def discrete_gap(
+    q_values: Tensor,
+    actions: Tensor,
+    *,
+    returns_to_go: Tensor | None = None,
+    temperature: float = 1.0,
+    clip: tuple[float, float] = (-math.inf, math.inf),
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``T logsumexp_a(Q_j(s, a) / T) - Q_j(s, a_data)`` for discrete actions [CQL, section 3.2], elementwise.
+
+    With ``returns_to_go`` it is the calibrated form: ``Q(s, a) <- max(Q(s, a), G(s))`` for every action inside the
+    soft maximum [Cal-QL, Eq. 5.1]; ``Q(s, a_data)`` is not bounded.
+
+    Args:
+        q_values: ``Q_j(s, a)`` of every action (the mean over quantiles where there are some), shape ``(C, B, A)``.
+        actions: The data's actions, integers, shape ``(B,)`` or ``(B, 1)``.
+        returns_to_go: ``G(s)``, shape ``(B, 1)``, or ``None`` for plain CQL.
+        temperature: ``T``, positive.
+        clip: Smallest and largest gap of one sample; the gradient is zero outside.
+        normalize: Subtract ``T log A``, so that a flat Q has gap 0 whatever the number of actions.
+
+    Returns:
+        The gap, shape ``(C, B)``, and the share of values that were bounded, where there is a bound.
+
+    Raises:
+        ValueError: If shapes disagree.
+    """
+    _check_shape("q_values", q_values, (None, None, None))
+    n_critics, batch_size, n_actions = q_values.shape
+    if actions.numel() != batch_size:
+        raise ValueError(f"actions must have shape ({batch_size},) or ({batch_size}, 1); got {tuple(actions.shape)}.")
+    index = actions.reshape(1, batch_size, 1).expand(n_critics, batch_size, 1)
+    q_data = q_values.gather(2, index).squeeze(2)
+    bound_rate = None
+    if returns_to_go is not None:
+        q_values, is_bounded = bound_by_returns(q_values, returns_to_go)
+        bound_rate = is_bounded.float().mean()
+    gap = soft_maximum(q_values, None, temperature) - q_data
+    if normalize:
+        gap = gap - temperature * math.log(n_actions)
+    return (gap.clamp(*clip) if clip != (-math.inf, math.inf) else gap), bound_rate
+
+
 # Critic, actor and dual losses ---------------------------------------------------------------------------------------
 
 
-def critic_loss(squared_error: Tensor, gap: Tensor | None, weight: Tensor | float, threshold: float = 0.0) -> Tensor:
-    """``1/2 sum_j [ mean_B (Q_j - y)^2 + weight * (mean_B gap_j - threshold) ]`` [CQL, Eq. 4].
+def critic_loss(
+    bellman_error: Tensor, gap: Tensor | None, weight: Tensor | float, threshold: float = 0.0, scale: float = 0.5
+) -> Tensor:
+    """``scale * sum_j [ mean_B (Q_j - y)^2 + weight * (mean_B gap_j - threshold) ]`` [CQL, Eq. 4].
 
-    The half is global, so that ``weight = 0`` is SAC's loss and ``weight`` means what it means in the published codes, whose
-    Bellman error is not halved; the paper's alpha is ``weight / 2``.
+    The scale is global, so that with the default of a half ``weight = 0`` is SAC's loss and ``weight`` means what it means in
+    the published codes, whose Bellman error is not halved; the paper's alpha is ``weight / 2``.
 
     Args:
-        squared_error: ``(Q_j(s, a) - y)^2``, shape ``(C, B)``.
+        bellman_error: Bellman error of each critic, the mean over the batch, shape ``(C,)``; or their sum, a scalar.
         gap: Conservative gap, shape ``(C, B)``, or ``None`` for none.
         weight: ``w``, times the Lagrange multiplier (without gradient) where there is one.
         threshold: ``tau`` of the Lagrange form; constant for the critic.
+        scale: Global factor.
 
     Returns:
         Scalar.
     """
-    loss = squared_error.mean(dim=1).sum()
+    loss = bellman_error.sum()
     if gap is not None:
-        _check_shape("gap", gap, tuple(squared_error.shape))
+        _check_shape("gap", gap, (bellman_error.shape[0] if bellman_error.ndim else None, None))
         loss = loss + weight * (gap.mean(dim=1) - threshold).sum()
-    return 0.5 * loss
+    return scale * loss
 
 
 def lagrange_multiplier(log_multiplier: Tensor) -> Tensor:

@@ -17,10 +17,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOSSES, CQL, CALQL, RETURNS, BUFFERS = (
+LOSSES, CQL, RETURNS, BUFFERS = (
     "cql_plugins/losses.py",
     "cql_plugins/sb3/cql.py",
-    "cql_plugins/sb3/cal_ql.py",
     "cql_plugins/returns.py",
     "cql_plugins/sb3/buffers.py",
 )
@@ -50,9 +49,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "    return temperature * (th.logsumexp(logits, dim=2) - math.log(logits.shape[2]))",
     ),
     "detached-data-term": (
-        CQL,
-        "            q_data,\n            th.cat(list(bounded",
-        "            q_data.detach(),\n            th.cat(list(bounded",
+        LOSSES,
+        "        q_data,\n        q_sampled,\n        th.cat([group",
+        "        q_data.detach(),\n        q_sampled,\n        th.cat([group",
     ),
     "undetached-density": (
         LOSSES,
@@ -65,8 +64,8 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "q_values.min(dim=0).values.max(dim=1, keepdim=True)",
         "q_values.max(dim=0).values.max(dim=1, keepdim=True)",
     ),
-    "no-calibration": (CALQL, "            shares.append", "            bounded[name] = q_values\n            shares.append"),
-    "calibrates-random": (CALQL, 'if name == "random" and not self.calibrate_random', "if False"),
+    "no-calibration": (LOSSES, "            shares.append", "            q_groups[name] = values\n            shares.append"),
+    "calibrates-random": (LOSSES, 'if name == "random" and not calibration.calibrate_random', "if False"),
     "temperature-around-the-density": (
         LOSSES,
         "logits = logits - log_density",
@@ -76,15 +75,15 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     # Around it.
     "next-actions-at-next-states": (
         CQL,
-        "self.critic, batch.observations, actions)\n        q_data,",
-        "self.critic, batch.next_observations, actions)\n        q_data,",
+        "critic_q_values(self.critic, batch.observations, actions),",
+        "critic_q_values(self.critic, batch.next_observations, actions),",
     ),
     "clamped-density": (
         LOSSES,
         "log_jacobian = 2.0 * (_LOG_2 - pre_tanh - F.softplus(-2.0 * pre_tanh))",
         "log_jacobian = th.log(1 - th.tanh(pre_tanh) ** 2 + 1e-6)",
     ),
-    "un-halved": (LOSSES, "    return 0.5 * loss", "    return loss"),
+    "un-halved": (LOSSES, "    return scale * loss", "    return loss"),
     "entropy-always-in-the-target": (CQL, "        if self.backup_entropy:", "        if True:"),
     "gradient-through-the-bound": (
         LOSSES,

@@ -281,9 +281,9 @@ class TestTargetAndLosses:
     def test_critic_loss_literal(self) -> None:
         squared = th.tensor([[1.0, 3.0], [5.0, 7.0]])
         gap = th.tensor([[2.0, 4.0], [6.0, 10.0]])
-        assert losses.critic_loss(squared, None, 0.0).item() == 0.5 * (2 + 6)
-        assert losses.critic_loss(squared, gap, 10.0).item() == 0.5 * (2 + 6 + 10 * (3 + 8))
-        assert losses.critic_loss(squared, gap, 10.0, threshold=1.0).item() == 0.5 * (2 + 6 + 10 * (2 + 7))
+        assert losses.critic_loss(squared.mean(dim=1), None, 0.0).item() == 0.5 * (2 + 6)
+        assert losses.critic_loss(squared.mean(dim=1), gap, 10.0).item() == 0.5 * (2 + 6 + 10 * (3 + 8))
+        assert losses.critic_loss(squared.mean(dim=1), gap, 10.0, threshold=1.0).item() == 0.5 * (2 + 6 + 10 * (2 + 7))
 
     def test_lagrange_moves_towards_the_threshold(self) -> None:
         for gap, sign in ((7.0, -1.0), (3.0, 1.0)):
@@ -344,7 +344,7 @@ class TestTabularFixedPoint:
                 gap = losses.conservative_gap(
                     q_data, q_sampled, th.zeros(q_sampled.shape[1:], dtype=DOUBLE), action_dim=1, variant=variant
                 )
-                return losses.critic_loss((q_data - y) ** 2, gap, weight)
+                return losses.critic_loss(((q_data - y) ** 2).mean(dim=1), gap, weight)
 
             zero = th.zeros(6, dtype=DOUBLE)
             hessian = th.autograd.functional.hessian(loss, zero)

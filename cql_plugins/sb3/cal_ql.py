@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from cql_plugins import losses
+from cql_plugins.losses import Calibration
 from cql_plugins.returns import RETURN_TAILS, ReturnTail
 from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
 from cql_plugins.sb3.cql import CQL
@@ -119,17 +119,9 @@ class CalQL(CQL):
 
     # The bound -----------------------------------------------------------------------------------------------------------
 
-    def _bound_q_values(self, q_groups: dict[str, th.Tensor], batch: Batch) -> tuple[dict[str, th.Tensor], th.Tensor | None]:
-        """Bound the policy's groups by the returns-to-go [Cal-QL, Eq. 5.1], never the data action's value."""
+    def _calibration(self, batch: Batch) -> Calibration:
         assert batch.returns_to_go is not None
-        bounded, shares = {}, []
-        for name, q_values in q_groups.items():
-            if name == "random" and not self.calibrate_random:
-                bounded[name] = q_values
-                continue
-            bounded[name], is_bounded = losses.bound_by_returns(q_values, batch.returns_to_go)
-            shares.append(is_bounded.float().mean())
-        return bounded, th.stack(shares).mean()
+        return Calibration(batch.returns_to_go, self.calibrate_random)
 
 
 def _merged_signature() -> inspect.Signature:

@@ -23,18 +23,11 @@ from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.sac.sac import SAC
 
 from cql_plugins import losses
-from cql_plugins.losses import CQLVariant, ProposedActions
+from cql_plugins.losses import Calibration, CQLVariant, Gaussian, Penalty, ProposedActions
 from cql_plugins.sb3.metrics import CQLMetrics
 from cql_plugins.sb3.offline import Batch, OfflineMixin
 
 SelfCQL = TypeVar("SelfCQL", bound="CQL")
-
-
-class Gaussian(NamedTuple):
-    """A policy's normal distribution before the squash, without gradient; mean and std have shape ``(B, A)``."""
-
-    mean: th.Tensor
-    std: th.Tensor
 
 
 class PolicyStep(NamedTuple):
@@ -51,22 +44,6 @@ class PolicyStep(NamedTuple):
     log_prob: th.Tensor
     mean: th.Tensor
     std: th.Tensor
-
-
-class Penalty(NamedTuple):
-    """The conservative gap of a batch and what is logged of it.
-
-    Attributes:
-        gap: Shape ``(C, B)``, with gradient.
-        q_policy: Mean unbounded Q of the current policy's actions.
-        q_random: Mean unbounded Q of uniform actions, where the variant has them.
-        bound_rate: Share of values that Cal-QL bounded, where it bounds.
-    """
-
-    gap: th.Tensor
-    q_policy: th.Tensor
-    q_random: th.Tensor | None
-    bound_rate: th.Tensor | None
 
 
 class CriticStep(NamedTuple):
@@ -387,8 +364,9 @@ class CQL(OfflineMixin, SAC):
             q_data = th.cat(self.critic(batch.observations, batch.actions), dim=1).T
             penalty = None
         else:
-            q_data, penalty = self._compute_penalty(batch, Gaussian(policy_step.mean, policy_step.std), next_policy)
-        squared_error = (q_data - target.T) ** 2
+            penalty = self._compute_penalty(batch, Gaussian(policy_step.mean, policy_step.std), next_policy)
+            q_data = penalty.q_data
+        bellman_error = ((q_data - target.T) ** 2).mean(dim=1)
 
         multiplier, threshold = None, 0.0
         if penalty is not None and self.log_cql_lagrange is not None:
@@ -398,7 +376,7 @@ class CQL(OfflineMixin, SAC):
                 self.cql_lagrange_threshold,
             )
         full_weight = weight if multiplier is None else weight * multiplier
-        loss = losses.critic_loss(squared_error, None if penalty is None else penalty.gap, full_weight, threshold).squeeze()
+        loss = losses.critic_loss(bellman_error, None if penalty is None else penalty.gap, full_weight, threshold).squeeze()
 
         self.critic.optimizer.zero_grad()
         loss.backward()
@@ -407,45 +385,31 @@ class CQL(OfflineMixin, SAC):
             self._update_lagrange(penalty.gap, weight)
 
         with th.no_grad():
-            bellman_loss = losses.critic_loss(squared_error, None, 0.0)
+            bellman_loss = losses.critic_loss(bellman_error, None, 0.0)
         cql_loss = None if penalty is None else loss.detach() - bellman_loss
         return CriticStep(loss, bellman_loss, q_data.detach().mean(), penalty, cql_loss, multiplier)
 
-    def _compute_penalty(self, batch: Batch, policy: Gaussian, next_policy: Gaussian) -> tuple[th.Tensor, Penalty]:
-        """Evaluate the data's and all proposed actions in one pass; return ``Q(s, a_data)`` ``(C, B)`` and the gap."""
+    def _compute_penalty(self, batch: Batch, policy: Gaussian, next_policy: Gaussian) -> Penalty:
+        """Evaluate the data's and all proposed actions in one pass; return the gap."""
         groups = self._propose(batch, policy, next_policy)
         actions = th.cat([batch.actions.unsqueeze(1), *(group.actions for group in groups.values())], dim=1)
-        q_all = critic_q_values(self.critic, batch.observations, actions)
-        q_data, q_sampled = q_all[:, :, 0], q_all[:, :, 1:]
-        q_groups = dict(zip(groups, q_sampled.split(self.cql_n_actions, dim=2), strict=True))
-        bounded, bound_rate = self._bound_q_values(q_groups, batch)
-        gap = losses.conservative_gap(
-            q_data,
-            th.cat(list(bounded.values()), dim=2) if bound_rate is not None else q_sampled,
-            th.cat([group.log_density for group in groups.values()], dim=1),
-            action_dim=batch.actions.shape[1],
+        return losses.conservative_penalty(
+            critic_q_values(self.critic, batch.observations, actions),
+            groups,
+            calibration=self._calibration(batch),
             variant=self.cql_variant,
             temperature=self.cql_temperature,
             clip=self.cql_clip_diff,
             normalize=self.normalize_gap,
         )
-        q_random = q_groups["random"].detach().mean() if "random" in q_groups else None
-        return q_data, Penalty(gap, q_groups["current"].detach().mean(), q_random, bound_rate)
 
     def _propose(self, batch: Batch, policy: Gaussian, next_policy: Gaussian) -> dict[str, ProposedActions]:
-        """Draw the actions of the soft maximum, by group; all are evaluated at the current state."""
-        current = losses.propose_from_policy(policy.mean, policy.std, self.cql_n_actions)
-        if self.cql_variant != "H":
-            return {"current": current}
-        return {
-            "random": losses.propose_uniformly(batch.actions, self.cql_n_actions),
-            "current": current,
-            "next": losses.propose_from_policy(next_policy.mean, next_policy.std, self.cql_n_actions),
-        }
+        """Draw the actions of the soft maximum, by group."""
+        return losses.propose_actions(self.cql_variant, batch.actions, policy, next_policy, self.cql_n_actions)
 
-    def _bound_q_values(self, q_groups: dict[str, th.Tensor], batch: Batch) -> tuple[dict[str, th.Tensor], th.Tensor | None]:
-        """Leave the values ``(C, B, N)`` of each group as they are; Cal-QL bounds them here and says how many."""
-        return q_groups, None
+    def _calibration(self, batch: Batch) -> Calibration | None:
+        """What bounds the policy's values from below: nothing here, the returns-to-go in Cal-QL."""
+        return None
 
     def _update_lagrange(self, gap: th.Tensor, weight: float) -> None:
         """Step the Lagrange multiplier towards a gap of ``cql_lagrange_threshold``."""

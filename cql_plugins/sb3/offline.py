@@ -272,6 +272,14 @@ class OfflineMixin(OffPolicyAlgorithm):
         if self._num_timesteps_online is not None:
             self.num_timesteps, self._num_timesteps_online = self._num_timesteps_online, None
 
+    def mark_pretrained(self, gradient_steps: int) -> None:
+        """Say that the networks were trained elsewhere: online, the first actions are the policy's, not random ones.
+
+        Args:
+            gradient_steps: How many steps that training had; ``learn_offline`` counts on from there.
+        """
+        self._n_offline_steps = gradient_steps
+
     @property
     def _is_offline_phase(self) -> bool:
         return self._num_timesteps_online is not None

@@ -250,8 +250,8 @@ class TestCalibrationLimits:
         class OnlyData(CQL):
             def _compute_penalty(self, batch: Batch, policy: Any, next_policy: Any) -> Any:
                 self._propose(batch, policy, next_policy)  # the same random numbers
-                q_data, penalty = super()._compute_penalty(batch, policy, next_policy)
-                return q_data, penalty._replace(gap=-q_data)
+                penalty = super()._compute_penalty(batch, policy, next_policy)
+                return penalty._replace(gap=-penalty.q_data)
 
         only_data = self.stepped(OnlyData, None)
         names = [k for k in far if k.startswith("critic.")]
