@@ -1,8 +1,9 @@
 """Readers and writers around one type, `OfflineDataset`.
 
-Readers (`from_minari`, `from_d4rl`, `from_arrays`, `from_npz`, `from_sb3`) validate what comes in once and hand back an
-`OfflineDataset`; writers (`to_sb3`, `to_minari`) turn one into a replay buffer or a stored data set. Importing this
-package needs NumPy and Gymnasium only: each format's library is imported by the function that uses it.
+Readers (`from_minari`, `from_d4rl`, `from_arrays`, `from_npz`, `from_sb3`, `from_d3rlpy`) validate what comes in once and
+hand back an `OfflineDataset`; writers (`to_sb3`, `to_d3rlpy`, `to_minari`) turn one into a replay buffer or a stored
+data set; `to_sb3_model` and `to_d3rlpy_model` move trained models. Importing this package needs NumPy and Gymnasium
+only: each format's library is imported by the function that uses it.
 """
 
 from importlib import import_module
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cql_plugins.adapters._validation import DatasetError
     from cql_plugins.adapters.arrays import from_arrays, from_npz
+    from cql_plugins.adapters.d3rlpy import from_d3rlpy, to_d3rlpy
     from cql_plugins.adapters.d4rl import from_d4rl
     from cql_plugins.adapters.dataset import Episode, OfflineDataset, Transitions
     from cql_plugins.adapters.minari import from_minari, to_minari
+    from cql_plugins.adapters.models import ModelError, to_d3rlpy_model, to_sb3_model
     from cql_plugins.adapters.report import DatasetSummary
     from cql_plugins.adapters.sb3 import from_sb3, to_sb3
     from cql_plugins.adapters.scores import normalized_score, reference_scores
@@ -22,34 +25,44 @@ __all__ = [
     "DatasetError",
     "DatasetSummary",
     "Episode",
+    "ModelError",
     "OfflineDataset",
     "Transitions",
     "from_arrays",
+    "from_d3rlpy",
     "from_d4rl",
     "from_minari",
     "from_npz",
     "from_sb3",
     "normalized_score",
     "reference_scores",
+    "to_d3rlpy",
+    "to_d3rlpy_model",
     "to_minari",
     "to_sb3",
+    "to_sb3_model",
 ]
 
 _HOMES = {
     "DatasetError": "_validation",
     "DatasetSummary": "report",
     "Episode": "dataset",
+    "ModelError": "models",
     "OfflineDataset": "dataset",
     "Transitions": "dataset",
     "from_arrays": "arrays",
+    "from_d3rlpy": "d3rlpy",
     "from_d4rl": "d4rl",
     "from_minari": "minari",
     "from_npz": "arrays",
     "from_sb3": "sb3",
     "normalized_score": "scores",
     "reference_scores": "scores",
+    "to_d3rlpy": "d3rlpy",
+    "to_d3rlpy_model": "models",
     "to_minari": "minari",
     "to_sb3": "sb3",
+    "to_sb3_model": "models",
 }
 
 

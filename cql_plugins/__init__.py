@@ -4,6 +4,7 @@ This root imports nothing but itself, so that each room costs only its own depen
 
 * `cql_plugins.adapters` reads and writes offline datasets;
 * `cql_plugins.sb3` holds the algorithms for Stable-Baselines3;
+* `cql_plugins.d3rlpy` holds those for d3rlpy;
 * `cql_plugins.losses` and `cql_plugins.returns` are the maths that they share.
 """
 

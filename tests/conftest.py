@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Read once, when the libraries load, hence before the imports below. The suite's networks are tiny: a second thread
 # costs them more in hand-overs than it saves, and one thread makes sums come out the same on every machine.
@@ -16,6 +18,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import numpy as np
 import pytest
+
+from cql_plugins.adapters import OfflineDataset
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,3 +43,26 @@ def minari_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def _assert_same(first: OfflineDataset, second: OfflineDataset) -> None:
+    """Every array equal, to the bit and the dtype."""
+
+    def compare(left: Any, right: Any) -> None:
+        if isinstance(left, dict):
+            assert left.keys() == right.keys()
+            for key in left:
+                compare(left[key], right[key])
+        else:
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)
+
+    for field in ("observations", "actions", "rewards", "terminations", "truncations", "offsets"):
+        compare(getattr(first, field), getattr(second, field))
+    assert first.observation_space == second.observation_space
+    assert first.action_space == second.action_space
+
+
+@pytest.fixture
+def assert_same() -> Callable[[OfflineDataset, OfflineDataset], None]:
+    return _assert_same

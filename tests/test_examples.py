@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -137,6 +138,16 @@ def test_no_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert printed["power"][18.0] > printed["power"][24.0] + 0.2
     assert printed["q"]["log"] > printed["q"]["dice"]
     assert "heat at" in capsys.readouterr().out
+
+
+def test_d3rlpy_baselines(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cql_plugins.d3rlpy", exc_type=ImportError)
+    monkeypatch.setitem(sys.modules, "quickstart", quickstart)  # the script beside it
+    results = load_example("d3rlpy_baselines").main(["--steps", "2", "--walks", "1"])
+    assert list(results) == ["BC", "BCQ", "TD3+BC", "IQL", "Decision Transformer", "CQL (d3rlpy's)", "CQL", "Cal-QL"]
+    assert all(0.0 <= result["arrived"] + result["drowned"] <= 100.0 for result in results.values())
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in results)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,23 @@ class TestImportCost:
         assert "stable_baselines3" in loaded, "the check sees what is loaded"
         assert not loaded & (self.HEAVY - {"torch", "stable_baselines3"})
 
+    def test_d3rlpy_room_loads_no_other_framework(self, tmp_path: Path) -> None:
+        pytest.importorskip("cql_plugins.d3rlpy", exc_type=ImportError)
+        loaded = loaded_by("import cql_plugins.d3rlpy", tmp_path)
+        assert "d3rlpy" in loaded, "the check sees what is loaded"
+        assert not loaded & {"stable_baselines3", "sb3_contrib", "minari", "pyarrow"}
+
+    @pytest.mark.parametrize(("room", "absent"), [("d3rlpy", "stable_baselines3"), ("sb3", "d3rlpy")])
+    def test_one_room_works_without_the_others_framework(self, room: str, absent: str, tmp_path: Path) -> None:
+        pytest.importorskip(f"cql_plugins.{room}", exc_type=ImportError)
+        hidden = f"import sys; sys.modules['{absent}'] = None"
+        loaded_by(f"{hidden}\nimport cql_plugins.{room}, cql_plugins.adapters; cql_plugins.{room}.CalQL", tmp_path)
+
+    def test_a_missing_d3rlpy_is_named_with_the_line_that_installs_it(self, tmp_path: Path) -> None:
+        code = "import sys; sys.modules['d3rlpy'] = None\nimport cql_plugins.d3rlpy"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert 'pip install "cql-plugins[d3rlpy]"' in done.stderr
+
     def test_rooms_import_where_no_extra_is_installed(self, tmp_path: Path) -> None:
         """What `pip install cql-plugins` alone must be able to import."""
         extras = (

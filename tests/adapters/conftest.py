@@ -57,29 +57,6 @@ def golden() -> OfflineDataset:
     return OfflineDataset(**golden_arguments())
 
 
-def _assert_same(first: OfflineDataset, second: OfflineDataset) -> None:
-    """Every array equal, to the bit and the dtype."""
-
-    def compare(left: Any, right: Any) -> None:
-        if isinstance(left, dict):
-            assert left.keys() == right.keys()
-            for key in left:
-                compare(left[key], right[key])
-        else:
-            assert left.dtype == right.dtype
-            np.testing.assert_array_equal(left, right)
-
-    for field in ("observations", "actions", "rewards", "terminations", "truncations", "offsets"):
-        compare(getattr(first, field), getattr(second, field))
-    assert first.observation_space == second.observation_space
-    assert first.action_space == second.action_space
-
-
-@pytest.fixture
-def assert_same() -> Callable[[OfflineDataset, OfflineDataset], None]:
-    return _assert_same
-
-
 @pytest.fixture
 def quietly() -> Callable[..., Any]:
     """Call a reader whose warning another test looks at."""

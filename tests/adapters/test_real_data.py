@@ -101,3 +101,47 @@ def test_pen_terminates_and_times_out(real_minari: Path) -> None:
     assert (summary.share_terminated, summary.share_truncated) == (0.06, 0.94)
     assert summary.scores is not None
     assert summary.scores.mean == pytest.approx(91.0, abs=0.1)
+
+
+def test_door_is_the_same_to_d3rlpy(real_minari: Path, rng: np.random.Generator) -> None:
+    """All 6,729 transitions, the 25 at the ends of truncated episodes among them; a model carried over says the same."""
+    pytest.importorskip("cql_plugins.d3rlpy", exc_type=ImportError)
+    import d3rlpy
+    import torch as th
+
+    from cql_plugins.adapters import to_d3rlpy, to_sb3_model
+    from cql_plugins.d3rlpy import CalQLConfig
+
+    dataset = from_minari(DOOR)
+    buffer = to_d3rlpy(dataset)
+    assert (buffer.size(), buffer.transition_count) == (25, 6729)
+    rows = np.concatenate([dataset.offsets[1:] - 1, rng.integers(0, 6729, 200)])
+    batch, expected = buffer.transition_batch(rows), dataset.transitions(rows)
+    for field in ("observations", "next_observations", "actions"):
+        np.testing.assert_array_equal(getattr(batch, field), getattr(expected, field).astype(np.float32))
+    np.testing.assert_array_equal(batch.terminals[:, 0], expected.terminations)
+
+    seen = dataset.observations[dataset.observation_rows(np.arange(6729))]
+    scaler = d3rlpy.preprocessing.StandardObservationScaler(mean=seen.mean(axis=0), std=seen.std(axis=0))
+    encoder = d3rlpy.models.VectorEncoderFactory([64, 64])
+    algo = CalQLConfig(
+        batch_size=64,
+        n_action_samples=4,
+        actor_encoder_factory=encoder,
+        critic_encoder_factory=encoder,
+        observation_scaler=scaler,
+    ).create()
+    quiet: dict[str, Any] = {"logger_adapter": d3rlpy.logging.NoopAdapterFactory(), "show_progress": False}
+    algo.fit(buffer, n_steps=50, n_steps_per_epoch=50, **quiet)
+
+    model: Any = to_sb3_model(algo, _Target(dataset), device="cpu")
+    observations, actions = seen.astype(np.float32), dataset.actions.astype(np.float32)
+    normalized = model.get_vec_normalize_env().normalize_obs(observations)
+    predicted, _ = model.predict(normalized, deterministic=True)
+    np.testing.assert_allclose(predicted, algo.predict(observations), atol=1e-6)
+    with th.no_grad():
+        ours = th.cat(model.critic(th.as_tensor(normalized).float(), th.as_tensor(actions)), dim=1).mean(dim=1).numpy()
+    theirs = algo.predict_value(observations, actions)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(ours, 1.00001 * theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
