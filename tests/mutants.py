@@ -23,6 +23,7 @@ LOSSES, CQL, RETURNS, BUFFERS = (
     "cql_plugins/returns.py",
     "cql_plugins/sb3/buffers.py",
 )
+D3RLPY = "cql_plugins/d3rlpy/"
 SOFT_MAXIMUM = "    return temperature * th.logsumexp(logits, dim=2)"
 
 MUTANTS: dict[str, tuple[str, str, str]] = {
@@ -101,6 +102,47 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "        self.returns_to_go[row] = reward",
     ),
     "lagrange-direction": (LOSSES, "return -(lagrange_multiplier", "return (lagrange_multiplier"),
+    # The d3rlpy room and the bridge.
+    "discrete-gap-of-the-mean": (
+        LOSSES,
+        "gap = soft_maximum(q_values, None, temperature) - q_data",
+        "gap = (soft_maximum(q_values.mean(0, keepdim=True), None, temperature) - q_data)",
+    ),
+    "discrete-bounds-the-data": (
+        LOSSES,
+        "        bound_rate = is_bounded.float().mean()\n    gap = soft",
+        "        bound_rate = is_bounded.float().mean()\n        q_data = q_values.gather(2, index).squeeze(2)\n    gap = soft",
+    ),
+    "d3rlpy-target-of-the-mean-action": (D3RLPY + "impl.py", 'if self._options.conventions == "d3rlpy":', "if True:"),
+    "d3rlpy-multiplier-not-averaged": (
+        D3RLPY + "impl.py",
+        "self._mean_over_processes(gap.mean()) if self._is_distributed else gap.mean()",
+        "gap.mean()",
+    ),
+    "d3rlpy-temperature-not-averaged": (
+        D3RLPY + "impl.py",
+        "        if self._is_distributed:\n            log_prob",
+        "        if False:\n            log_prob",
+    ),
+    "d3rlpy-shifted-observations": (
+        D3RLPY + "buffers.py",
+        "observation_rows = rows + self._episode_of_row[rows]",
+        "observation_rows = rows",
+    ),
+    "d3rlpy-unscaled-returns": (D3RLPY + "batches.py", "        if self.reward_scaler is None:", "        if True:"),
+    "d3rlpy-partial-returns-online": (D3RLPY + "online.py", "            if episode is not running:", "            if True:"),
+    "d3rlpy-broken-off-as-truncated": (D3RLPY + "online.py", "        if self.cut:", "        if False:"),
+    "d3rlpy-joined-episodes": (
+        D3RLPY + "online.py",
+        "if self._pending is None and self._n_written == 0:",
+        "if False:",
+    ),
+    "bridge-forgets-the-targets": (
+        "adapters/models.py",
+        '((modules["q_funcs"], model.critic), (modules["targ_q_funcs"], model.critic_target))',
+        '((modules["q_funcs"], model.critic), (modules["q_funcs"], model.critic_target))',
+    ),
+    "bridge-forgets-the-epsilon": ("adapters/models.py", "scale**2 - normalized.epsilon", "scale**2"),
 }
 
 
@@ -117,6 +159,9 @@ def survives(name: str) -> bool:
             raise SystemExit(f"mutant {name}: found its text {source.count(old)} times in {path}, expected once")
         (copy / path).write_text(source.replace(old, new), encoding="utf-8")
         tests = ["tests/test_losses.py", "tests/test_returns.py", "tests/sb3/test_update.py", "tests/sb3/test_buffers.py"]
+        if path.startswith((D3RLPY, "adapters/models")):
+            tests = [f"tests/d3rlpy/test_{topic}.py" for topic in ("parity", "buffers", "online", "ddp")]
+            tests.append("tests/adapters/test_models.py")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         # The copy goes before an editable install of the package.
         environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}

@@ -137,17 +137,6 @@ class TestSoftMaximum:
 
 
 class TestGap:
-    def test_three_actions_worked_example(self) -> None:
-        """Q = (0.5, 5, 2), data action the first: value, gradient and one step, from the closed form."""
-        q = th.tensor([[[0.5, 5.0, 2.0]]], dtype=DOUBLE, requires_grad=True)
-        gap = losses.soft_maximum(q, None) - q[:, :, 0]
-        assert gap.item() == pytest.approx(4.5591, abs=5e-5)
-        gap.sum().backward()
-        assert q.grad is not None
-        assert np.allclose(q.grad.numpy().ravel(), [-0.98953, 0.94260, 0.04693], atol=5e-6)
-        stepped = (q - 0.1 * q.grad).detach().numpy().ravel()
-        assert np.allclose(stepped, [0.599, 4.906, 1.995], atol=5e-4)
-
     def numpy_gap(self, q_data: np.ndarray, q: np.ndarray, density: np.ndarray, variant: str, t: float) -> np.ndarray:
         n = q.shape[2]
         if variant == "H":
@@ -257,6 +246,67 @@ class TestBound:
     def test_wrong_shape_is_named(self) -> None:
         with pytest.raises(ValueError, match="returns_to_go"):
             losses.bound_by_returns(self.q, th.zeros(2))
+
+
+class TestDiscreteGap:
+    Q = th.tensor([[[0.5, 5.0, 2.0], [1.0, 1.0, 1.0]], [[-1.0, 0.0, 3.0], [2.0, -2.0, 0.0]]], dtype=DOUBLE)  # (C, B, A)
+    ACTIONS = th.tensor([0, 2])
+
+    def test_worked_example(self) -> None:
+        q = th.tensor([[[0.5, 5.0, 2.0]]], dtype=DOUBLE, requires_grad=True)
+        gap, bound_rate = losses.discrete_gap(q, th.tensor([[0]]))
+        assert gap.item() == pytest.approx(4.5591, abs=5e-5)
+        assert bound_rate is None
+        gap.sum().backward()
+        assert q.grad is not None
+        assert np.allclose(q.grad, [[[-0.98953, 0.94260, 0.04693]]], atol=5e-6)
+        assert np.allclose(q.detach() - 0.1 * q.grad, [[[0.599, 4.906, 1.995]]], atol=5e-4)
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.5])
+    def test_each_critic_has_its_own(self, temperature: float) -> None:
+        gap, _ = losses.discrete_gap(self.Q, self.ACTIONS, temperature=temperature)
+        expected = [
+            [
+                temperature * math.log(sum(math.exp(q / temperature) for q in row)) - row[a]
+                for row, a in zip(rows, (0, 2), strict=True)
+            ]
+            for rows in self.Q.tolist()
+        ]
+        assert np.allclose(gap, expected, atol=1e-12)
+
+    def test_calibrated(self) -> None:
+        """The returns bound every action inside the soft maximum; the data's action outside of it stays as it is."""
+        returns = th.tensor([[2.5], [-np.inf]], dtype=DOUBLE)
+        gap, bound_rate = losses.discrete_gap(self.Q, self.ACTIONS, returns_to_go=returns)
+        bounded = [[[2.5, 5.0, 2.5], [1.0, 1.0, 1.0]], [[2.5, 2.5, 3.0], [2.0, -2.0, 0.0]]]
+        data = [[0.5, 1.0], [-1.0, 0.0]]
+        expected = [
+            [math.log(sum(math.exp(q) for q in row)) - value for row, value in zip(rows, values, strict=True)]
+            for rows, values in zip(bounded, data, strict=True)
+        ]
+        assert np.allclose(gap, expected, atol=1e-12)
+        assert bound_rate is not None
+        assert bound_rate.item() == pytest.approx(4 / 12)
+
+    def test_no_gradient_where_the_return_wins(self) -> None:
+        q = self.Q.clone().requires_grad_()
+        gap, _ = losses.discrete_gap(q, self.ACTIONS, returns_to_go=th.full((2, 1), np.inf, dtype=DOUBLE))
+        gap[:, 0].sum().backward()  # inf - Q
+        assert q.grad is not None
+        assert np.array_equal(q.grad[:, 0], [[-1.0, 0.0, 0.0]] * 2)
+
+    def test_clip_and_normalisation(self) -> None:
+        flat = th.full((1, 1, 4), 7.0, dtype=DOUBLE)
+        gap, _ = losses.discrete_gap(flat, th.tensor([1]), temperature=2.0)
+        assert gap.item() == pytest.approx(2.0 * math.log(4))
+        assert losses.discrete_gap(flat, th.tensor([1]), temperature=2.0, normalize=True)[0].item() == pytest.approx(0.0)
+        assert losses.discrete_gap(self.Q, self.ACTIONS, clip=(-1.0, 1.2))[0].max().item() == 1.2
+
+    def test_shapes(self) -> None:
+        with pytest.raises(ValueError, match="q_values"):
+            losses.discrete_gap(self.Q[0], self.ACTIONS)
+        with pytest.raises(ValueError, match="actions must have shape"):
+            losses.discrete_gap(self.Q, th.tensor([0, 1, 2]))
 
 
 class TestTargetAndLosses:

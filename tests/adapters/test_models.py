@@ -123,6 +123,14 @@ class TestToSB3:
         assert type(model) is (CalQL if "Cal" in config.__name__ else CQL)
         assert_same_model(model, algo)
 
+    def test_a_column_that_never_changes(self) -> None:
+        """There the scaler's own epsilon is all there is to divide by, and VecNormalize's must not be added to it."""
+        scaler = d3rlpy.preprocessing.StandardObservationScaler(mean=np.array([3.0, 2.0, 3.1]), std=np.array([5.0, 0.0, 4.7]))
+        algo = built(CQLConfig, observation_scaler=scaler)
+        observations = OBSERVATIONS.copy()
+        observations[:, 1] = np.linspace(2.0, 2.01, len(observations))
+        assert_same_model(to_sb3_model(algo, Small(), device="cpu"), algo, observations)
+
     def test_the_twin_is_another_model(self) -> None:
         algo = built(CQLConfig, observation_scaler=STANDARD)
         model = to_sb3_model(algo, Small(), device="cpu")
