@@ -184,49 +184,32 @@ def _episodes(replay_buffer: "ReplayBufferBase") -> "list[tuple[EpisodeBase, boo
     """List the episodes, and whether the observation after their last step is there (or does not matter)."""
     from d3rlpy.dataset import MixedReplayBuffer
 
-    from cql_plugins.d3rlpy.episodes import CompleteEpisode
-    from cql_plugins.d3rlpy.online import ReturnsToGoReplayBuffer
+    from cql_plugins.d3rlpy.episodes import has_final_observation
 
     if isinstance(replay_buffer, MixedReplayBuffer):
         return [*_episodes(replay_buffer.primary_replay_buffer), *_episodes(replay_buffer.secondary_replay_buffer)]
-
-    def is_complete(episode: "EpisodeBase") -> bool:
-        if isinstance(episode, CompleteEpisode) or episode.terminated:
-            return True
-        return isinstance(replay_buffer, ReturnsToGoReplayBuffer) and replay_buffer.has_final_observation(episode)
-
-    return [(episode, is_complete(episode)) for episode in replay_buffer.episodes]
+    return [(episode, bool(episode.terminated) or has_final_observation(episode)) for episode in replay_buffer.episodes]
 
 
 def _read_episode(episode: "EpisodeBase") -> dict[str, Any] | None:
     """Get an episode's transitions as step arrays; None where it has none."""
-    from cql_plugins.d3rlpy.episodes import CompleteEpisode
+    from cql_plugins.d3rlpy.episodes import as_complete
 
-    if isinstance(episode, CompleteEpisode):
-        rows, after = episode.all_observations, 1
-        n_steps = episode.size()
-    else:
-        rows = episode.observations
-        # The last row of a truncated episode is known as the next observation of the one before, no more.
-        n_steps = episode.size() if episode.terminated else episode.size() - 1
-        # The target of a terminal step does not look at what follows, so its own observation is repeated there.
-        after = 0 if episode.terminated else 1
-    if n_steps <= 0:
+    complete = as_complete(episode)
+    n_steps = complete.size()
+    if n_steps == 0:
         return None
     ends = np.zeros(n_steps, dtype=np.bool_)
     ends[-1] = True
-
-    def following(leaf: Array) -> Array:
-        return leaf[1 : n_steps + 1] if after else np.concatenate([leaf[1:n_steps], leaf[n_steps - 1 : n_steps]])
-
+    rows = complete.all_observations
     keyed = rows if isinstance(rows, np.ndarray) else {str(i): leaf for i, leaf in enumerate(rows)}
     return {
-        "observations": _map(lambda leaf: leaf[:n_steps], keyed),
-        "next_observations": _map(following, keyed),
-        "actions": np.asarray(episode.actions)[:n_steps],
-        "rewards": np.asarray(episode.rewards)[:n_steps, 0],
-        "terminations": ends & episode.terminated,
-        "truncations": ends & (not episode.terminated),
+        "observations": _map(lambda leaf: leaf[:-1], keyed),
+        "next_observations": _map(lambda leaf: leaf[1:], keyed),
+        "actions": np.asarray(complete.actions),
+        "rewards": np.asarray(complete.rewards)[:, 0],
+        "terminations": ends & complete.terminated,
+        "truncations": ends & (not complete.terminated),
     }
 
 

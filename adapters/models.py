@@ -67,18 +67,19 @@ def to_sb3_model(algo: "AnyAlgo", env: Any, **kwargs: Any) -> "SAC":
     if not hasattr(modules["policy"], "_logstd") or not isinstance(modules["policy"]._logstd, th.nn.Linear):
         raise ModelError("SB3's actor has a standard deviation that depends on the state; this policy's does not.")
     env = _scaled_env(algo, env)
+    networks = {
+        "net_arch": {"pi": actor_units, "qf": critic_units},
+        "activation_fn": activation,
+        "n_critics": len(modules["q_funcs"]),
+    }
     arguments = {
         "learning_rate": config.critic_learning_rate,
         "batch_size": config.batch_size,
         "tau": config.tau,
         "gamma": config.gamma,
-        "policy_kwargs": {
-            "net_arch": {"pi": actor_units, "qf": critic_units},
-            "activation_fn": activation,
-            "n_critics": len(modules["q_funcs"]),
-        },
         **options,
         **kwargs,
+        "policy_kwargs": kwargs.get("policy_kwargs", {}) | networks,
     }
     model: SAC = model_class("MlpPolicy", env, **arguments)
     _check_action_scaler(algo, model.action_space)
@@ -122,6 +123,8 @@ def _sb3_options(algo: "AnyAlgo", modules: dict[str, Any]) -> "tuple[type[SAC], 
 
     multiplier = float(next(modules["log_alpha"].parameters()).detach().exp())
     learns_multiplier = config.alpha_learning_rate > 0
+    _warn_of_rate("temp_learning_rate", config.temp_learning_rate, "actor's", config.actor_learning_rate)
+    _warn_of_rate("alpha_learning_rate", config.alpha_learning_rate, "critic's", config.critic_learning_rate)
     options |= {
         "actor_learning_rate": config.actor_learning_rate,
         "cql_alpha": config.conservative_weight * (1.0 if learns_multiplier else multiplier),
@@ -135,6 +138,16 @@ def _sb3_options(algo: "AnyAlgo", modules: dict[str, Any]) -> "tuple[type[SAC], 
     ours += ["return_tail", "calibrate_random"] if is_calibrated else []
     options |= {name: getattr(config, name) for name in ours if hasattr(config, name)}
     return (CalQL if is_calibrated else CQL), options
+
+
+def _warn_of_rate(field: str, rate: float, owner: str, taken: float) -> None:
+    """Say that a learning rate is another's in SB3; 0 stands for off."""
+    if rate not in (0.0, taken):
+        warnings.warn(
+            f"cql_plugins.sb3 has no {field} of its own: the {owner}, {taken}, is taken (d3rlpy: {rate}).",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _scaled_env(algo: "AnyAlgo", env: Any) -> Any:

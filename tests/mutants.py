@@ -131,7 +131,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "d3rlpy-unscaled-returns": (D3RLPY + "batches.py", "        if self.reward_scaler is None:", "        if True:"),
     "d3rlpy-partial-returns-online": (D3RLPY + "online.py", "            if episode is not running:", "            if True:"),
-    "d3rlpy-broken-off-as-truncated": (D3RLPY + "online.py", "        if self.cut:", "        if False:"),
+    "d3rlpy-broken-off-as-truncated": (D3RLPY + "online.py", "        if end_of(episode).cut:", "        if False:"),
+    "d3rlpy-added-row-counts": (D3RLPY + "online.py", "if end_of(episode).padded else rewards", "if False else rewards"),
+    "d3rlpy-end-forgotten": (D3RLPY + "online.py", "                mark_end(episode, end)", "                pass"),
     "d3rlpy-joined-episodes": (
         D3RLPY + "online.py",
         "if self._pending is None and self._n_written == 0:",
@@ -160,7 +162,7 @@ def survives(name: str) -> bool:
         (copy / path).write_text(source.replace(old, new), encoding="utf-8")
         tests = ["tests/test_losses.py", "tests/test_returns.py", "tests/sb3/test_update.py", "tests/sb3/test_buffers.py"]
         if path.startswith((D3RLPY, "adapters/models")):
-            tests = [f"tests/d3rlpy/test_{topic}.py" for topic in ("parity", "buffers", "online", "ddp")]
+            tests = [f"tests/d3rlpy/test_{topic}.py" for topic in ("parity", "buffers", "online", "wrapping", "ddp")]
             tests.append("tests/adapters/test_models.py")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         # The copy goes before an editable install of the package.

@@ -23,6 +23,7 @@ from d3rlpy.dataset import (
     TransitionPickerProtocol,
 )
 from d3rlpy.dataset.io import dump as dump_episodes
+from d3rlpy.dataset.utils import stack_observations
 from d3rlpy.preprocessing import RewardScaler
 from d3rlpy.types import NDArray, Observation, ObservationSequence
 
@@ -195,8 +196,12 @@ class OfflineReplayBuffer(ReplayBufferBase):
         return self._returns[1]
 
     def smallest_reward(self, reward_scaler: RewardScaler | None) -> float:
-        """Get the smallest scaled reward: the failure reward of the ``sparse`` tail."""
-        return float(ReturnsSettings(1.0, reward_scaler=reward_scaler).scale(self._rewards.min(axis=0))[0])
+        """Get the smallest scaled reward: the failure reward of the ``sparse`` tail.
+
+        Args:
+            reward_scaler: The algorithm's.
+        """
+        return float(ReturnsSettings(1.0, reward_scaler=reward_scaler).scale(self._rewards[:, 0]).min())
 
     def _look_up(self, rows: NDArray, settings: ReturnsSettings) -> NDArray:
         return self.returns_to_go(settings)[rows]
@@ -204,6 +209,8 @@ class OfflineReplayBuffer(ReplayBufferBase):
     def _final_observations(self) -> Any:
         """The observations after the truncated ends, in their order."""
         truncated = np.flatnonzero(self._ends & ~self._terminations)
+        if not self._picker.is_basic:
+            return stack_observations([self.transition(int(row)).next_observation for row in truncated])
         rows = truncated + self._episode_of_row[truncated] + 1
         return map_leaves(lambda leaf: leaf[rows], self._observations)
 

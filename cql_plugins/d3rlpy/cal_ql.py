@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
+import d3rlpy
 from d3rlpy.algos.qlearning.torch.cql_impl import CQLImpl as HostCQLImpl
 from d3rlpy.algos.qlearning.torch.cql_impl import DiscreteCQLImpl as HostDiscreteCQLImpl
 from d3rlpy.base import DeviceArg
@@ -36,6 +38,7 @@ class CalQLConfig(CQLConfig):
     max_q_backup: bool = True
     return_tail: ReturnTail = "zero"
     calibrate_random: bool = False
+    _host_config: ClassVar[type[d3rlpy.algos.CQLConfig]] = d3rlpy.algos.CalQLConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import d3rlpy
 from d3rlpy.algos.qlearning.torch.cql_impl import CQLImpl as HostCQLImpl
@@ -63,6 +63,7 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
     normalize_gap: bool = False
     offline_fraction: OfflineFraction = 0.5
     conventions: Literal["paper", "d3rlpy"] = "paper"
+    _host_config: ClassVar[type[d3rlpy.algos.CQLConfig]] = d3rlpy.algos.CQLConfig
 
     def __post_init__(self) -> None:
         _check_shared_fields(self)
@@ -87,9 +88,17 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
 
         Returns:
             The config, with ``conventions="d3rlpy"``.
+
+        Raises:
+            TypeError: If it is a config of Cal-QL and this class is not, or the other way round.
         """
         if isinstance(config, dict):
-            config = d3rlpy.algos.CQLConfig.deserialize_from_dict(config)
+            config = cls._host_config.deserialize_from_dict(config)
+        if type(config) is not cls._host_config:
+            raise TypeError(
+                f"config must be a d3rlpy.algos.{cls._host_config.__name__}; got {type(config).__name__}. CQLConfig and "
+                "CalQLConfig each take over their own."
+            )
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         return cls(**(fields | {"conventions": "d3rlpy"} | changes))
 

@@ -11,7 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from d3rlpy.dataset import BasicTransitionPicker, Episode, EpisodeBase, Signature, Transition, TransitionPickerProtocol
+from d3rlpy.dataset import (
+    BasicTransitionPicker,
+    Episode,
+    EpisodeBase,
+    FrameStackTransitionPicker,
+    MultiStepTransitionPicker,
+    Signature,
+    Transition,
+    TransitionPickerProtocol,
+)
 from d3rlpy.types import Float32NDArray, NDArray, ObservationSequence
 
 
@@ -36,12 +45,14 @@ class CompleteEpisode:
         actions: ``T`` rows, in the environment's units; shape ``(T, 1)`` for discrete actions.
         rewards: Shape ``(T, 1)``.
         terminated: Whether it ended in a terminal state; else it was truncated.
+        cut: Whether it was merely broken off, at the end of training for instance: its returns are not known.
     """
 
     all_observations: ObservationSequence
     actions: NDArray
     rewards: Float32NDArray
     terminated: bool
+    cut: bool = False
 
     @property
     def observations(self) -> ObservationSequence:
@@ -96,19 +107,94 @@ class CompleteEpisode:
             "actions": self.actions,
             "rewards": self.rewards,
             "terminated": self.terminated,
+            "cut": self.cut,
         }
 
     @classmethod
     def deserialize(cls, serializedData: dict[str, Any]) -> CompleteEpisode:  # noqa: N803 (d3rlpy's name)
         """Undo :meth:`serialize`."""
-        return cls(*(serializedData[key] for key in ("observations", "actions", "rewards", "terminated")))
+        return cls(*(serializedData[key] for key in ("observations", "actions", "rewards", "terminated", "cut")))
 
     def __len__(self) -> int:
         return self.size()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class EpisodeEnd:
+    """How an episode that d3rlpy's writer collected has ended.
+
+    It is kept on d3rlpy's own episode, so that every buffer, picker and reader that meets the episode knows it.
+
+    Attributes:
+        cut: Whether it was broken off rather than ended: its returns stay unknown.
+        padded: Whether its last row was added for the observation after the last action of a truncated episode.
+        final_observation: The observation after a terminal step, as it would be stored; ``None`` where it is not known.
+    """
+
+    cut: bool = False
+    padded: bool = False
+    final_observation: Any = None
+
+
+def mark_end(episode: EpisodeBase, end: EpisodeEnd) -> None:
+    """Note on an episode of d3rlpy's writer how it ended.
+
+    Args:
+        episode: The episode; written to.
+        end: Its end.
+    """
+    episode._cql_plugins_end = end  # type: ignore[attr-defined]
+
+
+def end_of(episode: EpisodeBase) -> EpisodeEnd:
+    """What is known of an episode's end.
+
+    Args:
+        episode: Any.
+    """
+    return getattr(episode, "_cql_plugins_end", EpisodeEnd(cut=isinstance(episode, CompleteEpisode) and episode.cut))
+
+
+def has_final_observation(episode: EpisodeBase) -> bool:
+    """Tell whether the observation after the last step is known.
+
+    Args:
+        episode: Any.
+    """
+    end = end_of(episode)
+    return isinstance(episode, CompleteEpisode) or end.padded or end.final_observation is not None
+
+
+def as_complete(episode: EpisodeBase) -> CompleteEpisode:
+    """Read any episode as one whose every step is a transition.
+
+    Where the observation after the last step is not known, a terminal step gets its own again (no target looks at it), and a
+    truncated episode ends one step earlier.
+
+    Args:
+        episode: Any.
+    """
+    if isinstance(episode, CompleteEpisode):
+        return episode
+    end = end_of(episode)
+    observations, actions, rewards = episode.observations, episode.actions, episode.rewards
+    if episode.terminated:
+        final = end.final_observation
+        if final is None:
+            final = map_leaves(lambda leaf: leaf[-1], observations)
+        if isinstance(observations, np.ndarray):
+            observations = np.concatenate([observations, np.asarray(final)[None]])
+        else:
+            observations = [
+                np.concatenate([leaf, np.asarray(last)[None]]) for leaf, last in zip(observations, final, strict=True)
+            ]
+    else:
+        actions, rewards = actions[:-1], rewards[:-1]
+    return CompleteEpisode(observations, actions, rewards, bool(episode.terminated), end.cut)
+
+
 class CompleteTransitionPicker(TransitionPickerProtocol):
-    """Picks every transition of a :class:`CompleteEpisode`, with its real next observation.
+    """Picks every transition of an episode whose last observation is known, with its real next observation.
 
     Other episodes are left to the inner picker, one of d3rlpy's (frame stacking, several steps).
 
@@ -126,14 +212,28 @@ class CompleteTransitionPicker(TransitionPickerProtocol):
 
     def __call__(self, episode: EpisodeBase, index: int) -> Transition:
         """Pick the transition of step ``index``."""
-        if not isinstance(episode, CompleteEpisode):
+        if not has_final_observation(episode):
             return self.inner(episode, index)
-        if not episode.terminated:
-            transition = self.inner(episode.padded, index)
+        if episode.terminated:
+            transition = self.inner(_of_steps_alone(episode), index)
+            if transition.terminal:
+                # The target does not look at it, but the penalty asks for the policy there.
+                after = self.inner(as_complete(episode).padded, index)
+                transition = dataclasses.replace(transition, next_observation=after.next_observation)
+            return transition
+        complete = as_complete(episode)
+        transition = self.inner(complete.padded, index)
+        if type(self.inner) in _PICKERS_OF_PLAIN_REWARDS:
             return dataclasses.replace(transition, rewards_to_go=transition.rewards_to_go[:-1])
-        transition = self.inner(Episode(episode.observations, episode.actions, episode.rewards, True), index)
-        if transition.terminal:
-            # The target does not look at it, but the penalty asks for the policy there.
-            after = self.inner(episode.padded, index)
-            transition = dataclasses.replace(transition, next_observation=after.next_observation)
-        return transition
+        # Another picker may judge the rewards; it must not see the one that was added.
+        judged = self.inner(_of_steps_alone(complete), index)
+        return dataclasses.replace(transition, rewards_to_go=judged.rewards_to_go)
+
+
+_PICKERS_OF_PLAIN_REWARDS = (BasicTransitionPicker, FrameStackTransitionPicker, MultiStepTransitionPicker)
+"""Those whose ``rewards_to_go`` are the episode's rewards from the step on."""
+
+
+def _of_steps_alone(episode: EpisodeBase) -> Episode:
+    """d3rlpy's episode of the steps, with a terminal end, so that d3rlpy's pickers reach all of them."""
+    return Episode(episode.observations, episode.actions, episode.rewards, terminated=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,7 @@ class CQLImpl(HostCQLImpl):
             device=built.device,
         )
         self._options = config
+        self._warned_of_clamp = False
 
     # The target ------------------------------------------------------------------------------------------------------
 
@@ -218,7 +220,17 @@ class CQLImpl(HostCQLImpl):
         if not self._steps_alpha_first:
             self._update_multiplier(loss.conservative_gap.reshape(1, 1))
         values = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
-        return {name: float(value.detach()) for name, value in values.items() if value is not None}
+        metrics = {name: float(value.detach()) for name, value in values.items() if value is not None}
+        if metrics["alpha"] >= losses.LAGRANGE_MAX and not self._warned_of_clamp:
+            self._warned_of_clamp = True
+            warnings.warn(
+                f"The Lagrange multiplier reached its clamp of {losses.LAGRANGE_MAX:g}: the gap cannot come down to "
+                f"alpha_threshold={self._alpha_threshold}. Raise the threshold, or set normalize_gap=True so that a flat Q has "
+                "gap 0.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return metrics
 
     # The parameters that are not networks ----------------------------------------------------------------------------
 

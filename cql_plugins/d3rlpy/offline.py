@@ -17,7 +17,15 @@ import torch as th
 from d3rlpy.algos import QLearningAlgoBase
 from d3rlpy.base import LearnableConfig
 from d3rlpy.constants import IMPL_NOT_INITIALIZED_ERROR, ActionSpace
-from d3rlpy.dataset import MixedReplayBuffer, ReplayBufferBase, TransitionMiniBatch, create_fifo_replay_buffer
+from d3rlpy.dataset import (
+    FrameStackTransitionPicker,
+    LastFrameWriterPreprocess,
+    MixedReplayBuffer,
+    ReplayBufferBase,
+    SparseRewardTransitionPicker,
+    TransitionMiniBatch,
+    create_fifo_replay_buffer,
+)
 from d3rlpy.dataset.utils import cast_tuple_shape, is_tuple_shape
 from d3rlpy.serializable_config import CONFIG_STORAGE
 from d3rlpy.types import Float32NDArray, GymEnv, Observation
@@ -131,11 +139,15 @@ class OfflineToOnlineMixin(_AlgoBase):
         offline = self._offline_data if mix else None
         while isinstance(offline, OfflineOnlineReplayBuffer):
             offline = offline.offline  # The data of an earlier mix, whose online part is its own.
+        picker = None if offline is None else offline.transition_picker
+        picker = getattr(picker, "inner", picker)
         online = create_fifo_replay_buffer(
             _ONLINE_CAPACITY,
             env=env,
-            transition_picker=None if offline is None else getattr(offline.transition_picker, "inner", None),
+            transition_picker=picker,
             trajectory_slicer=None if offline is None else offline.trajectory_slicer,
+            # Environments whose frames are stacked give all of them; the picker stacks those that are stored.
+            writer_preprocessor=LastFrameWriterPreprocess() if isinstance(picker, FrameStackTransitionPicker) else None,
         )
         if offline is None:
             return with_returns_to_go(online)
@@ -147,9 +159,14 @@ class OfflineToOnlineMixin(_AlgoBase):
             return
         low, high = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
         if not (np.allclose(low, -1.0) and np.allclose(high, 1.0)):
+            bounded = bool(np.all(np.isfinite(low)) and np.all(np.isfinite(high)))
             warnings.warn(
-                f"The {where}'s actions are bounded by {low.tolist()} and {high.tolist()}, the policy's by -1 and 1. Set "
-                "action_scaler=d3rlpy.preprocessing.MinMaxActionScaler(minimum=low, maximum=high) in the config.",
+                f"The {where}'s actions are bounded by {low.tolist()} and {high.tolist()}, the policy's by -1 and 1. "
+                + (
+                    "Set action_scaler=d3rlpy.preprocessing.MinMaxActionScaler(minimum=low, maximum=high) in the config."
+                    if bounded
+                    else "Set an action_scaler with the smallest and largest action that make sense."
+                ),
                 UserWarning,
                 stacklevel=4,
             )
@@ -214,13 +231,31 @@ class CalibratedMixin(OfflineToOnlineMixin):
         """Whether d3rlpy should sum the returns of each sampled transition: no, the buffer has them."""
         return False
 
+    def set_offline_data(self, dataset: ReplayBufferBase | None) -> None:
+        """Say which logged data ``fit_online`` mixes in, see :meth:`OfflineToOnlineMixin.set_offline_data`.
+
+        Args:
+            dataset: A d3rlpy buffer; ``None`` for none.
+        """
+        super().set_offline_data(dataset)
+        picker = None if dataset is None else dataset.transition_picker
+        if isinstance(getattr(picker, "inner", picker), SparseRewardTransitionPicker) and self._config.return_tail != "sparse":
+            warnings.warn(
+                "The buffer's SparseRewardTransitionPicker is not asked for returns-to-go: they are summed by "
+                f'return_tail={self._config.return_tail!r}. Set return_tail="sparse", which gives a failed episode the return '
+                "of one that never ends.",
+                UserWarning,
+                stacklevel=2,
+            )
+
     def update(self, batch: TransitionMiniBatch) -> dict[str, float]:
         """Do one gradient step, see d3rlpy.
 
         Args:
             batch: Of one of our buffers, or of d3rlpy's: those are summed as they are, as if episodes had ended.
         """
-        if self._config.return_tail == "bootstrap" and self._grad_step % _BOOTSTRAP_INTERVAL == 0:
+        is_due = self._tail_values is None or self._grad_step % _BOOTSTRAP_INTERVAL == 0
+        if self._config.return_tail == "bootstrap" and is_due:
             self._tail_values = TailValues(self._target_values)
         return super().update(batch)
 
@@ -246,7 +281,7 @@ class CalibratedMixin(OfflineToOnlineMixin):
     def _failure_reward(self) -> float | None:
         """One failure reward for both phases: an online episode must not define its own."""
         data = self._offline_data.offline if isinstance(self._offline_data, OfflineOnlineReplayBuffer) else self._offline_data
-        if self._config.return_tail != "sparse" or not isinstance(data, OfflineReplayBuffer):
+        if self._config.return_tail != "sparse" or not isinstance(data, (OfflineReplayBuffer, ReturnsToGoReplayBuffer)):
             return None
         return data.smallest_reward(self._config.reward_scaler)
 
@@ -256,6 +291,7 @@ class CalibratedMixin(OfflineToOnlineMixin):
         assert self._impl is not None
         leaves = [observations] if isinstance(observations, np.ndarray) else list(observations)
         values = []
+        self._impl.modules.set_eval()  # One episode may be a batch of one, and statistics must not move.
         for start in range(0, len(leaves[0]), _VALUE_BATCH):
             block: Any = [
                 th.as_tensor(leaf[start : start + _VALUE_BATCH], dtype=th.float32, device=self._device) for leaf in leaves
@@ -264,6 +300,7 @@ class CalibratedMixin(OfflineToOnlineMixin):
             if self._config.observation_scaler:
                 block = self._config.observation_scaler.transform(block)
             values.append(self._impl.value_of(block))
+        self._impl.modules.set_train()
         return th.cat(values).cpu().numpy().astype(np.float32)
 
 
@@ -279,6 +316,7 @@ def _watched(env: GymEnv, buffer: ReplayBufferBase) -> Iterator[tuple[GymEnv, Re
     try:
         yield recorder, buffer
     finally:
+        collecting.clip_episode(False)  # Where training was interrupted, an episode still runs.
         collecting.environment = None
 
 

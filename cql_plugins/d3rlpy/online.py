@@ -23,11 +23,22 @@ from d3rlpy.dataset import (
     TransitionMiniBatch,
     TransitionPickerProtocol,
 )
+from d3rlpy.dataset.io import dump as dump_episodes
+from d3rlpy.preprocessing import RewardScaler
 from d3rlpy.types import NDArray, Observation
 
 from cql_plugins.d3rlpy.batches import ReturnsSettings, ReturnsToGoMiniBatch, join_batches, with_lookup
 from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer
-from cql_plugins.d3rlpy.episodes import CompleteTransitionPicker, map_leaves
+from cql_plugins.d3rlpy.episodes import (
+    CompleteEpisode,
+    CompleteTransitionPicker,
+    EpisodeEnd,
+    as_complete,
+    end_of,
+    has_final_observation,
+    map_leaves,
+    mark_end,
+)
 
 
 class EnvironmentRecord(Protocol):
@@ -44,17 +55,15 @@ class EnvironmentRecord(Protocol):
 
 @dataclasses.dataclass(eq=False)
 class _EpisodeRecord:
-    """An ended episode of a d3rlpy buffer and its returns.
+    """An ended episode and its returns.
 
     Attributes:
-        episode: d3rlpy's episode; kept, so that its identity is not given to another.
-        cut: Whether it was broken off rather than ended: its returns stay unknown.
-        padded: Whether its last row is one that was added to reach the observation after the last action.
+        episode: The episode; kept, so that its identity is not given to another.
+        picker: The buffer's picker, through which the final observation is seen as the algorithm sees it.
     """
 
     episode: EpisodeBase
-    cut: bool = False
-    padded: bool = False
+    picker: CompleteTransitionPicker
     settings: ReturnsSettings | None = None
     returns: NDArray | None = None
 
@@ -65,36 +74,58 @@ class _EpisodeRecord:
         return self.returns
 
     def _sum(self, settings: ReturnsSettings) -> NDArray:
-        rewards = np.asarray(self.episode.rewards)[:, 0]
-        terminated = self.episode.terminated
-        if self.cut:
+        episode = self.episode
+        rewards = real_rewards(episode)
+        if end_of(episode).cut:
             return np.full(len(rewards), -np.inf, dtype=np.float32)
-        # The row whose observation is the last one known has no transition; its reward counts only where nothing follows.
-        ends_early = not terminated and (self.padded or settings.tail == "bootstrap")
-        n_steps = len(rewards) - ends_early
+        # Where the observation after the last step is not known, that step has no transition, and no value follows it.
+        known = bool(episode.terminated) or has_final_observation(episode) or settings.tail != "bootstrap"
+        n_steps = len(rewards) if known else len(rewards) - 1
         last = np.zeros(n_steps, dtype=np.bool_)
         last[-1] = True
         return settings.sum(
             settings.scale(rewards[:n_steps]),
-            last & terminated,
-            last & (not terminated),
-            lambda: map_leaves(lambda leaf: leaf[n_steps : n_steps + 1], self.episode.observations),
+            last & episode.terminated,
+            last & (not episode.terminated),
+            lambda: _row(self.picker(episode, n_steps - 1).next_observation),
         )
+
+
+def real_rewards(episode: EpisodeBase) -> NDArray:
+    """The rewards of an episode's steps, shape ``(T,)``, without that of a row that was added.
+
+    Args:
+        episode: Any.
+    """
+    rewards = np.asarray(episode.rewards)[:, 0]
+    return rewards[:-1] if end_of(episode).padded else rewards
+
+
+def _row(observation: Observation) -> Any:
+    """A batch of one."""
+    return map_leaves(lambda leaf: np.asarray(leaf)[None], observation)
 
 
 class ReturnsToGoReplayBuffer(ReplayBufferBase):
     """A d3rlpy buffer with returns-to-go that are right online: a running episode has none until it ends.
 
-    Wraps any buffer of d3rlpy, empty or full, whatever its ``write_at_termination``; storing stays the wrapped one's.
-    Where it knows the environment (``fit_online`` tells it) the last transition of a truncated episode is kept, and an episode
-    that is merely broken off at the end of training is told from one that was truncated. An episode of one step, which
-    d3rlpy's writer would join to the next one, is stored as one.
+    Wraps a ``ReplayBuffer`` of d3rlpy, empty or full, whatever its ``write_at_termination``; storing stays the wrapped one's.
+    Where it knows the environment (``fit_online`` tells it) the last transition of a truncated episode is kept, terminal
+    steps have their real next observation, and an episode that is merely broken off at the end of training is told from one
+    that was truncated. An episode of one step, which d3rlpy's writer would join to the next one, is stored as one.
 
     Args:
         inner: The buffer that stores.
+
+    Raises:
+        TypeError: If it is a mixture of buffers.
     """
 
     def __init__(self, inner: ReplayBufferBase) -> None:
+        if isinstance(inner, (MixedReplayBuffer, OfflineReplayBuffer, ReturnsToGoReplayBuffer)):
+            raise TypeError(
+                f"inner must be a ReplayBuffer of d3rlpy's; got {type(inner).__name__}. Use with_returns_to_go(buffer)."
+            )
         self.inner = inner
         self.environment: EnvironmentRecord | None = None
         picker = inner.transition_picker
@@ -102,9 +133,10 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
         self._pending: tuple[Observation, int | NDArray, float | NDArray] | None = None
         self._n_written = 0
         self._last_action: int | NDArray = 0
-        self._smallest_reward = min((float(np.min(e.rewards)) for e in inner.episodes), default=np.inf)
         self._records: dict[int, _EpisodeRecord] = {}
-        self._last_ended = self._newest_episode()
+        self._reward_range = (np.inf, -np.inf)
+        for episode in inner.episodes:
+            self._see_rewards(real_rewards(episode))
 
     # Storing ---------------------------------------------------------------------------------------------------------
 
@@ -116,7 +148,7 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
             action: In the environment's units.
             reward: After it.
         """
-        self._smallest_reward = min(self._smallest_reward, float(np.min(reward)))
+        self._see_rewards(reward)
         self._last_action = action
         if self._pending is None and self._n_written == 0:
             self._pending = (observation, action, reward)  # Whether its episode has a second step is not known yet.
@@ -131,46 +163,73 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
             self._pending, self._n_written = None, 1
 
     def clip_episode(self, terminated: bool) -> None:
-        """End the running episode.
+        """End the running episode; nothing happens where none runs.
 
         Args:
             terminated: Whether it ended for good; else it was truncated, or broken off where the environment says so.
         """
-        cut = padded = False
+        episode: EpisodeBase | None = self._running_episode
+        end, known = EpisodeEnd(), self.environment
+        if self._pending is None and self._n_written == 0:
+            return
         if terminated:
+            end = EpisodeEnd(final_observation=None if known is None else self._as_stored(known.last_observation))
             if self._pending is not None:
-                self.inner.append_episode(self._episode_of_one_step(*self._pending))
-            elif self._n_written:
-                self.inner.clip_episode(True)
-        elif self.environment is not None and (self._pending is not None or self._n_written):
-            # One step more, so that d3rlpy reaches the observation after the last action.
-            cut, padded = not self.environment.last_truncated, True
-            self._write_pending()
-            self.inner.append(self.environment.last_observation, self._last_action, 0.0)
-            self.inner.clip_episode(False)
-        elif self._n_written:
-            self.inner.clip_episode(False)
+                self.inner.append_episode(self._episode_of_one_step(*self._pending, end.final_observation))
+                episode = None
+        elif known is not None:
+            # One step more, where d3rlpy has room for it, so that it reaches the observation after the last action.
+            fits = self._n_written < getattr(self._writer, "_cache_size", np.inf)
+            end = EpisodeEnd(cut=not known.last_truncated, padded=fits)
+            if fits:
+                self._write_pending()
+                self.inner.append(known.last_observation, self._last_action, 0.0)
+        if self._pending is None:
+            self.inner.clip_episode(terminated)
+            if episode is not None:
+                mark_end(episode, end)
         self._pending, self._n_written = None, 0
-        newest = self._newest_episode()
-        if newest is not None and newest is not self._last_ended:
-            self._last_ended = newest
-            self._records[id(newest)] = _EpisodeRecord(newest, cut, padded)
-            self._forget_what_was_dropped()
+        self._forget_what_was_dropped()
 
-    def _episode_of_one_step(self, observation: Observation, action: int | NDArray, reward: float | NDArray) -> Episode:
+    @property
+    def _writer(self) -> Any:
+        """d3rlpy's writer, which alone knows the running episode; ``None`` in a buffer that is not d3rlpy's."""
+        return getattr(self.inner, "_writer", None)
+
+    @property
+    def _running_episode(self) -> Any:
+        return getattr(self._writer, "_active_episode", None)
+
+    def _as_stored(self, observation: Observation) -> Any:
+        """An observation as d3rlpy's writer would store it."""
+        processed = observation if self._writer is None else self._writer._preprocessor.process_observation(observation)
+        dtypes = self.inner.dataset_info.observation_signature.dtype
+        if isinstance(processed, (list, tuple)):
+            return [np.asarray(leaf, dtype=dtype) for leaf, dtype in zip(processed, dtypes, strict=True)]
+        return np.asarray(processed, dtype=dtypes[0])
+
+    def _episode_of_one_step(
+        self, observation: Observation, action: int | NDArray, reward: float | NDArray, final_observation: Any
+    ) -> EpisodeBase:
         info = self.inner.dataset_info
 
         def row(value: Any, signature: Signature) -> NDArray:
             return np.asarray(value, dtype=signature.dtype[0]).reshape(1, *(signature.shape[0] or (1,)))
 
-        return Episode(
-            map_leaves(
-                lambda leaf: leaf[None], observation if isinstance(observation, (list, tuple)) else np.asarray(observation)
-            ),
+        episode = Episode(
+            _row(self._as_stored(observation)),
             row(action, info.action_signature),
             row(reward, info.reward_signature),
             terminated=True,
         )
+        if final_observation is None:
+            return episode
+        both = (
+            [np.stack(pair) for pair in zip(self._as_stored(observation), final_observation, strict=True)]
+            if isinstance(final_observation, list)
+            else np.stack([self._as_stored(observation), final_observation])
+        )
+        return CompleteEpisode(both, episode.actions, episode.rewards, terminated=True)
 
     def append_episode(self, episode: EpisodeBase) -> None:
         """Store an episode that has ended.
@@ -178,26 +237,24 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
         Args:
             episode: The episode.
         """
-        self._smallest_reward = min(self._smallest_reward, float(np.min(episode.rewards)))
+        self._see_rewards(real_rewards(episode))
         self.inner.append_episode(episode)
-        self._last_ended = self._newest_episode()
 
-    def has_final_observation(self, episode: EpisodeBase) -> bool:
-        """Tell whether the last row of a truncated episode was added for the observation after its last action.
+    def _see_rewards(self, rewards: float | NDArray) -> None:
+        low, high = self._reward_range
+        self._reward_range = (min(low, float(np.min(rewards))), max(high, float(np.max(rewards))))
+
+    def smallest_reward(self, reward_scaler: RewardScaler | None) -> float:
+        """Get the smallest scaled reward so far: the failure reward of the ``sparse`` tail.
 
         Args:
-            episode: One of ``episodes``.
+            reward_scaler: The algorithm's; it must be monotone, as all of d3rlpy's are.
         """
-        record = self._records.get(id(episode))
-        return record is not None and record.padded
-
-    def _newest_episode(self) -> EpisodeBase | None:
-        episodes = self.inner.episodes
-        return episodes[-1] if len(episodes) else None
+        return float(ReturnsSettings(1.0, reward_scaler=reward_scaler).scale(np.array(self._reward_range)).min())
 
     def _forget_what_was_dropped(self) -> None:
         """Drop the records of episodes that a FIFO buffer has dropped, now and then."""
-        if len(self._records) > 2 * len(self.inner.episodes) + 16:
+        if len(self._records) > len(self.inner.episodes) + 16:
             kept = {id(episode) for episode in self.inner.episodes}
             self._records = {key: record for key, record in self._records.items() if key in kept}
 
@@ -220,14 +277,12 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
 
     def _look_up(self, pairs: Sequence[tuple[EpisodeBase, int]], settings: ReturnsSettings) -> NDArray:
         if settings.tail == "sparse" and settings.failure_reward is None:
-            smallest = float(settings.scale(np.array([self._smallest_reward]))[0])
-            settings = dataclasses.replace(settings, failure_reward=smallest)
-        newest = self._newest_episode()
-        running = newest if self._n_written and newest is not self._last_ended else None
+            settings = dataclasses.replace(settings, failure_reward=self.smallest_reward(settings.reward_scaler))
+        running = self._running_episode
         returns = np.full(len(pairs), -np.inf, dtype=np.float32)
         for i, (episode, index) in enumerate(pairs):
             if episode is not running:
-                record = self._records.setdefault(id(episode), _EpisodeRecord(episode))
+                record = self._records.setdefault(id(episode), _EpisodeRecord(episode, self._picker))
                 returns[i] = record.returns_to_go(settings)[index]
         return returns
 
@@ -242,8 +297,16 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
     # What d3rlpy asks of a buffer ------------------------------------------------------------------------------------
 
     def dump(self, f: BinaryIO) -> None:
-        """Write the episodes as d3rlpy does."""
-        self.inner.dump(f)
+        """Write the episodes, each with the observation after its last step, as :class:`CompleteEpisode`.
+
+        Read them back with ``ReplayBuffer.load(f, buffer, episode_cls=CompleteEpisode,
+        transition_picker=CompleteTransitionPicker())``. The wrapped buffer's own ``dump`` does not say how episodes ended.
+
+        Args:
+            f: File, open for binary writing.
+        """
+        ended = [episode for episode in self.inner.episodes if episode is not self._running_episode]
+        dump_episodes([as_complete(episode) for episode in ended], f)
 
     @classmethod
     def from_episode_generator(cls, *args: Any, **kwargs: Any) -> NoReturn:

@@ -70,7 +70,8 @@ def built(config: Any, **options: Any) -> Any:
         "actor_encoder_factory": d3rlpy.models.VectorEncoderFactory([16, 8]),
         "critic_encoder_factory": d3rlpy.models.VectorEncoderFactory([12]),
     }
-    algo = config(**(encoders | ACTION_SCALER | options)).create()
+    rates = {"alpha_learning_rate": 3e-4} if config in (d3rlpy.algos.CQLConfig, d3rlpy.algos.CalQLConfig) else {}
+    algo = config(**(encoders | rates | ACTION_SCALER | options)).create()
     algo.create_impl((3,), 2)
     th.manual_seed(0)
     with th.no_grad():  # the targets elsewhere than the critics, the scalars elsewhere than at their start
@@ -157,8 +158,9 @@ class TestToSB3:
         algo = built(
             CalQLConfig,
             conservative_weight=2.0,
-            alpha_learning_rate=1e-3,
+            alpha_learning_rate=1e-4,
             alpha_threshold=4.0,
+            temp_learning_rate=2e-5,
             initial_alpha=math.e,
             n_action_samples=7,
             cql_variant="rho",
@@ -308,6 +310,18 @@ class TestRefusals:
     def test_what_sb3_cannot_have(self, config: Any, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ModelError, match=message):
             to_sb3_model(built(config, **options), Small(), device="cpu")
+
+    def test_rates_of_their_own_are_told(self) -> None:
+        with pytest.warns(UserWarning, match="no temp_learning_rate of its own"):
+            to_sb3_model(built(CQLConfig, temp_learning_rate=1e-2), Small(), device="cpu")
+        with pytest.warns(UserWarning, match="no alpha_learning_rate of its own"):
+            to_sb3_model(built(CQLConfig, alpha_learning_rate=1e-2), Small(), device="cpu")
+
+    def test_policy_arguments_of_the_users_stay(self) -> None:
+        kwargs = {"optimizer_kwargs": {"weight_decay": 0.1}}
+        model = to_sb3_model(built(CQLConfig), Small(), device="cpu", policy_kwargs=kwargs)
+        assert model.actor.optimizer.param_groups[0]["weight_decay"] == 0.1
+        assert kwargs == {"optimizer_kwargs": {"weight_decay": 0.1}}
 
     def test_other_algorithms_and_environments(self) -> None:
         with pytest.raises(ModelError, match="no networks yet"):

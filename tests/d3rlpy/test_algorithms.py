@@ -367,6 +367,11 @@ class TestConfigs:
             assert registered[config.get_type()] is config
         assert registered["cql"] is d3rlpy.algos.CQLConfig, "d3rlpy's own is untouched"
 
+    def test_a_config_of_another_algorithm_is_not_taken_over(self) -> None:
+        for ours, theirs in ((CQLConfig, d3rlpy.algos.CalQLConfig), (CalQLConfig, d3rlpy.algos.CQLConfig)):
+            with pytest.raises(TypeError, match="each take over their own"):
+                ours.from_d3rlpy(theirs())
+
     def test_a_d3rlpy_config_stays_what_it_is(self) -> None:
         theirs = d3rlpy.algos.CQLConfig(alpha_threshold=3.0, gamma=0.9)
         for given in (theirs, theirs.serialize_to_dict()):
@@ -396,6 +401,14 @@ class TestLagrange:
         first, second = algo.update(batch)["alpha"], algo.update(batch)["alpha"]
         assert first == 1.0, "used before it is stepped"
         assert np.sign(second - first) == direction
+
+    def test_the_clamp_is_told_once(self) -> None:
+        algo = make(CQLConfig, initial_alpha=2e6)
+        algo.create_impl(VECTOR, ACTION)
+        batch = make_batch(algo, VECTOR)
+        with pytest.warns(UserWarning, match="clamp of 1e\\+06"):
+            assert algo.update(batch)["alpha"] == pytest.approx(1e6)
+        algo.update(batch)
 
 
 def test_import_prints_no_notice_and_hides_no_warning() -> None:

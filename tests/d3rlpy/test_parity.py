@@ -119,7 +119,7 @@ class TestBesideD3rlpysOwn:
         theirs = built(d3rlpy.algos.CalQLConfig(n_action_samples=N))
         ours = built(CalQLConfig.from_d3rlpy(theirs.config))
         assert not ours.config.max_q_backup, "d3rlpy's default is taken over"
-        plain = built(CQLConfig.from_d3rlpy(theirs.config))
+        plain = built(CQLConfig.from_d3rlpy(d3rlpy.algos.CQLConfig(n_action_samples=N)))
         same_weights(theirs, ours)
         same_weights(theirs, plain)
         expected = run(theirs, noise(7))
