@@ -136,8 +136,8 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "d3rlpy-end-forgotten": (D3RLPY + "online.py", "                mark_end(episode, end)", "                pass"),
     "d3rlpy-joined-episodes": (
         D3RLPY + "online.py",
-        "if self._pending is None and self._n_written == 0:",
-        "if False:",
+        "if self._pending is None and self._n_written == 0:\n            self._pending",
+        "if False:\n            self._pending",
     ),
     "bridge-forgets-the-targets": (
         "adapters/models.py",
