@@ -30,7 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari
 from cql_plugins.sb3 import CQL, CalQL
-from cql_plugins.sb3 import cql as cql_module
+from cql_plugins.sb3.actor_critic import ConservativeActorCritic
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("CQL_PLUGINS_DATA", ROOT.parent / "shared" / "data"))
@@ -105,9 +105,12 @@ TASKS = {
 
 def use_bf16_hidden_layers() -> None:
     """Run the hidden layers of the 3N+1-action critic pass in bfloat16; the output layer and the losses stay float32."""
+    in_f32 = ConservativeActorCritic._critic_outputs
 
     def in_bf16(critic: Any, observations: Any, actions: th.Tensor) -> th.Tensor:
         batch_size, n_actions, _ = actions.shape
+        if n_actions == 1:
+            return in_f32(critic, observations, actions)
         features = critic.extract_features(observations, critic.features_extractor)
         features = features.unsqueeze(1).expand(batch_size, n_actions, features.shape[1])
         inputs = th.cat((features, actions), dim=2).reshape(batch_size * n_actions, -1)
@@ -115,10 +118,10 @@ def use_bf16_hidden_layers() -> None:
         for network in critic.q_networks:
             with th.autocast("cpu", th.bfloat16):
                 hidden = network[:-1](inputs)
-            values.append(network[-1](hidden.float()).view(batch_size, n_actions))
+            values.append(network[-1](hidden.float()).view(batch_size, n_actions, -1))
         return th.stack(values)
 
-    cql_module.critic_q_values = in_bf16
+    ConservativeActorCritic._critic_outputs = staticmethod(in_bf16)  # type: ignore[method-assign]
 
 
 class RecordEvaluations(EvalCallback):

@@ -172,13 +172,14 @@ def td_target(rewards: Tensor, dones: Tensor, discounts: Tensor | float, next_va
         rewards: Shape ``(B, 1)``.
         dones: 1 where the episode terminated; a time-out is 0 and bootstraps. Shape ``(B, 1)``.
         discounts: ``gamma^k``, a number or shape ``(B, 1)``.
-        next_values: ``V(s')``, shape ``(B, 1)``.
+        next_values: ``V(s')``, shape ``(B, 1)``, or its ``K`` quantiles, ``(B, K)``.
 
     Returns:
-        Target, shape ``(B, 1)``.
+        Target, shape of ``next_values``.
     """
+    _check_shape("rewards", rewards, (None, 1))
     _check_shape("dones", dones, tuple(rewards.shape))
-    _check_shape("next_values", next_values, tuple(rewards.shape))
+    _check_shape("next_values", next_values, (rewards.shape[0], None))
     return rewards + (1 - dones) * discounts * next_values
 
 

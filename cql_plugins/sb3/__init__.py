@@ -1,10 +1,41 @@
-"""CQL and Cal-QL as Stable-Baselines3 algorithms."""
+"""CQL and Cal-QL as Stable-Baselines3 algorithms, on SAC, DQN and sb3-contrib's QR-DQN and TQC."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from cql_plugins._gym import import_quietly
 
 import_quietly()
 
-from cql_plugins.sb3.cal_ql import CalQL  # noqa: E402
-from cql_plugins.sb3.cql import CQL  # noqa: E402
+from cql_plugins.sb3.cql import CQL, CalQL  # noqa: E402
+from cql_plugins.sb3.dqn import DiscreteCalQL, DiscreteCQL  # noqa: E402
 
-__all__ = ["CQL", "CalQL"]
+if TYPE_CHECKING:
+    from cql_plugins.sb3.qrdqn import CQLQRDQN, CalQLQRDQN
+    from cql_plugins.sb3.tqc import CQLTQC, CalQLTQC
+
+__all__ = [
+    "CQL",
+    "CQLQRDQN",
+    "CQLTQC",
+    "CalQL",
+    "CalQLQRDQN",
+    "CalQLTQC",
+    "DiscreteCQL",
+    "DiscreteCalQL",
+]
+
+_CONTRIB = {"CQLQRDQN": "qrdqn", "CalQLQRDQN": "qrdqn", "CQLTQC": "tqc", "CalQLTQC": "tqc"}
+"""Class that needs sb3-contrib, module that has it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CONTRIB:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f"cql_plugins.sb3.{_CONTRIB[name]}")
+    except ImportError as error:
+        raise ImportError(
+            f'sb3-contrib is needed for {name}: {error}. Install it with: pip install "cql-plugins[contrib]"'
+        ) from error
+    return getattr(module, name)

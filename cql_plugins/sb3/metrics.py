@@ -42,8 +42,33 @@ class CQLMetrics:
     cql_alpha: th.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class DiscreteCQLMetrics:
+    """As :class:`CQLMetrics`, of algorithms with discrete actions.
+
+    Attributes:
+        loss: Whole loss.
+        bellman_loss: The base class's loss.
+        q_data: Mean of ``Q(s, a_data)``.
+        q_policy: Mean of ``max_a Q(s, a)``.
+        q_random: Mean of ``Q(s, a)`` over all actions.
+        cql_loss: Conservative part of the loss.
+        cql_gap: Conservative gap, mean over the batch, before its weight.
+        bound_rate: Share of values that Cal-QL bounded.
+    """
+
+    loss: th.Tensor
+    bellman_loss: th.Tensor
+    q_data: th.Tensor
+    q_policy: th.Tensor
+    q_random: th.Tensor
+    cql_loss: th.Tensor | None = None
+    cql_gap: th.Tensor | None = None
+    bound_rate: th.Tensor | None = None
+
+
 class MetricsMean:
-    """Running means of :class:`CQLMetrics` on the device, read once for each log line."""
+    """Running means of the metrics on the device, read once for each log line."""
 
     def __init__(self) -> None:
         self._sums: dict[str, th.Tensor] = {}
@@ -53,7 +78,7 @@ class MetricsMean:
         """Whether there were gradient steps since the last call of :meth:`pop`."""
         return bool(self._sums)
 
-    def update(self, metrics: CQLMetrics) -> None:
+    def update(self, metrics: CQLMetrics | DiscreteCQLMetrics) -> None:
         """Add one gradient step."""
         for field in fields(metrics):
             value = getattr(metrics, field.name)

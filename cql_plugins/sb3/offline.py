@@ -6,6 +6,7 @@ Nothing here knows CQL: the mixin adds the offline loop, the mixing of offline a
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import deque
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -78,7 +79,15 @@ class OfflineProgressBarCallback(ProgressBarCallback):
 
 
 class OfflineMixin(OffPolicyAlgorithm):
-    """Offline pre-training and offline-to-online fine-tuning for an SB3 off-policy algorithm.
+    """Offline pre-training and offline-to-online fine-tuning for the SB3 off-policy algorithm that follows it in the bases.
+
+    Args:
+        *args: See the base class, as all keyword arguments but these.
+        offline_fraction: Share of each online batch that comes from the dataset, or ``"proportional"`` to the sizes.
+        **kwargs: See the base class.
+
+    Raises:
+        ValueError: If the fraction is out of its range.
 
     Attributes:
         offline_buffer: The dataset as a replay buffer, ``None`` before there is one. Never saved with the model.
@@ -88,7 +97,11 @@ class OfflineMixin(OffPolicyAlgorithm):
     offline_buffer: ReplayBuffer | None
     offline_fraction: float | Literal["proportional"]
 
-    def _init_offline(self, offline_fraction: float | Literal["proportional"]) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = merged_signature(cls)  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, offline_fraction: float | Literal["proportional"] = 0.5, **kwargs: Any) -> None:
         if offline_fraction != "proportional" and not (
             isinstance(offline_fraction, (int, float)) and 0.0 <= offline_fraction <= 1.0
         ):
@@ -99,6 +112,7 @@ class OfflineMixin(OffPolicyAlgorithm):
         self._n_offline_steps = 0
         # The count of environment steps while gradient steps are the clock.
         self._num_timesteps_online: int | None = None
+        super().__init__(*args, **kwargs)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -176,7 +190,7 @@ class OfflineMixin(OffPolicyAlgorithm):
         check_for_nested_spaces(observation_space)
         if policy is None:
             policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
-        model = cls(policy, None, _init_setup_model=False, **kwargs)  # type: ignore[arg-type, call-arg]
+        model = cls(policy, None, _init_setup_model=False, **kwargs)
         model.observation_space, model.action_space, model.n_envs = observation_space, action_space, 1
         model._setup_without_env()
         return model.set_offline_data(dataset)
@@ -367,6 +381,28 @@ class OfflineMixin(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "offline_buffer", "_metrics"]
+
+
+def merged_signature(cls: type) -> inspect.Signature:
+    """The arguments of a class whose bases pass theirs on: those of the algorithm at the bottom, then each option above it.
+
+    This is what editors and ``help`` should show.
+
+    Args:
+        cls: The class.
+    """
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" not in base.__dict__ or base is object:
+            continue
+        own = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own.values())
+        if not passes_on:
+            parameters = dict(own)  # A base that names all its arguments hides those below it.
+            continue
+        parameters |= {name: own_one for name, own_one in own.items() if own_one.kind is inspect.Parameter.KEYWORD_ONLY}
+    parameters.pop("self", None)
+    return inspect.Signature(list(parameters.values()))
 
 
 def _concatenate(first: Batch, second: Batch, gamma: float) -> Batch:

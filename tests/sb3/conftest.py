@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import SAC
+from sb3_contrib import QRDQN, TQC
+from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from cql_plugins.adapters import OfflineDataset, from_arrays
-from cql_plugins.sb3 import CQL
+from cql_plugins.sb3.actor_critic import ConservativeActorCritic
 
 SIDE = 36
 """Height and width of images: the smallest that SB3's network takes."""
@@ -35,9 +36,17 @@ class Corridor(gym.Env[Any, np.ndarray]):
 
     WALL = 2.0
 
-    def __init__(self, form: str = "vector", limit: int = 8, channels_first: bool = False, start: float | None = None) -> None:
+    def __init__(
+        self,
+        form: str = "vector",
+        limit: int = 8,
+        channels_first: bool = False,
+        start: float | None = None,
+        discrete: bool = False,
+    ) -> None:
         self.form, self.limit, self.channels_first, self.start = form, limit, channels_first, start
-        self.action_space = spaces.Box(-1.0, 3.0, (1,), np.float32)
+        self.discrete = discrete
+        self.action_space: spaces.Space[Any] = spaces.Discrete(3) if discrete else spaces.Box(-1.0, 3.0, (1,), np.float32)
         vector = spaces.Box(-10.0, 10.0, (2,), np.float32)
         image = spaces.Box(0, 255, (1, SIDE, SIDE) if channels_first else (SIDE, SIDE, 1), np.uint8)
         place = spaces.Box(-10.0, 10.0, (1,), np.float32)
@@ -78,7 +87,8 @@ class Corridor(gym.Env[Any, np.ndarray]):
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.taken.append(np.array(action, copy=True))
         self.seen.append(self.position)
-        self.speed = 0.5 * self.speed + 0.2 * float(action[0])
+        push = 2.0 * int(action) - 1.0 if self.discrete else float(action[0])
+        self.speed = 0.5 * self.speed + 0.2 * push
         self.position = float(np.float32(self.position + self.speed))
         self.clock += 1
         hit = abs(self.position) > self.WALL
@@ -164,25 +174,32 @@ def tiny(model_class: type[BaseAlgorithm], form: str = "vector", **changes: Any)
         "seed": 0,
         "device": "cpu",
     }
-    if issubclass(model_class, CQL):
+    if issubclass(model_class, ConservativeActorCritic):
         arguments["cql_n_actions"] = 2
+    if issubclass(model_class, (QRDQN, TQC)):
+        arguments["policy_kwargs"].setdefault("n_quantiles", 5)
     return arguments | changes
 
 
 def build(model_class: type[Any], env: Any = None, form: str = "vector", policy: Any = None, **changes: Any) -> Any:
     """Make a small model on a corridor, or on the environment given."""
-    env = corridors(form=form) if env is None else env
+    env = corridors(form=form, discrete=issubclass(model_class, (DQN, QRDQN))) if env is None else env
     return model_class(policy or POLICIES[form], env, **tiny(model_class, form, **changes))
 
 
-def state(model: SAC) -> dict[str, th.Tensor]:
+def state(model: Any) -> dict[str, th.Tensor]:
     """Copy every tensor that training changes: networks, targets, entropy and Lagrange variables, optimisers."""
     tensors = {f"policy.{name}": value for name, value in model.policy.state_dict().items()}
     for name in ("log_ent_coef", "log_cql_lagrange"):
         if getattr(model, name, None) is not None:
             tensors[name] = getattr(model, name)
-    optimizers = {"actor": model.actor.optimizer, "critic": model.critic.optimizer, "ent_coef": model.ent_coef_optimizer}
-    optimizers["lagrange"] = getattr(model, "cql_lagrange_optimizer", None)
+    optimizers = {
+        "actor": getattr(getattr(model, "actor", None), "optimizer", None),
+        "critic": getattr(getattr(model, "critic", None), "optimizer", None),
+        "ent_coef": getattr(model, "ent_coef_optimizer", None),
+        "lagrange": getattr(model, "cql_lagrange_optimizer", None),
+        "policy": getattr(model.policy, "optimizer", None),
+    }
     for owner, optimizer in optimizers.items():
         if optimizer is not None:
             tensors |= {f"{owner}.{name}": value for name, value in _leaves(optimizer.state_dict())}

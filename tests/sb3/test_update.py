@@ -13,8 +13,8 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
 from cql_plugins import losses
 from cql_plugins.sb3 import CQL, CalQL
+from cql_plugins.sb3.actor_critic import critic_outputs
 from cql_plugins.sb3.buffers import with_returns_to_go
-from cql_plugins.sb3.cql import critic_q_values
 from cql_plugins.sb3.offline import Batch
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -248,9 +248,8 @@ class TestCalibrationLimits:
         far = self.stepped(CalQL, 1e4, calibrate_random=True)
 
         class OnlyData(CQL):
-            def _compute_penalty(self, batch: Batch, policy: Any, next_policy: Any) -> Any:
-                self._propose(batch, policy, next_policy)  # the same random numbers
-                penalty = super()._compute_penalty(batch, policy, next_policy)
+            def _compute_penalty(self, batch: Batch, q_values: Any, groups: Any) -> Any:
+                penalty = super()._compute_penalty(batch, q_values, groups)
                 return penalty._replace(gap=-penalty.q_data)
 
         only_data = self.stepped(OnlyData, None)
@@ -322,7 +321,7 @@ class TestWhatAStepTouches:
         model = make_model()
         batch = model.sample_batch(5)
         actions = th.rand(5, 7, 2) * 2 - 1
-        together = critic_q_values(model.critic, batch.observations, actions)
+        together = critic_outputs(model.critic, batch.observations, actions)[..., 0]
         assert together.shape == (2, 5, 7)
         for i in range(7):
             alone = th.stack([q[:, 0] for q in model.critic(batch.observations, actions[:, i])])

@@ -1,0 +1,415 @@
+"""CQL's gradient step for actor-critic algorithms with a squashed Gaussian policy: SAC and its kin.
+
+A base class joins by four methods that say what its critics are: :meth:`ConservativeActorCritic._q_values`,
+:meth:`~ConservativeActorCritic._bellman_error`, :meth:`~ConservativeActorCritic._next_values` and
+:meth:`~ConservativeActorCritic._actor_values`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import Schedule, TensorDict
+from stable_baselines3.common.utils import FloatSchedule, polyak_update, update_learning_rate
+
+from cql_plugins import losses
+from cql_plugins.losses import Calibration, CQLVariant, Gaussian, Penalty, ProposedActions
+from cql_plugins.sb3.conservative import CalibratedMixin, ConservativeMixin
+from cql_plugins.sb3.metrics import CQLMetrics
+from cql_plugins.sb3.offline import Batch
+
+
+class PolicyStep(NamedTuple):
+    """The current policy at the batch's states.
+
+    Attributes:
+        actions: One sampled action for each state, with gradient, shape ``(B, A)``.
+        log_prob: Its log-density, with gradient, shape ``(B, 1)``.
+        mean: Mean before the squash, with gradient, shape ``(B, A)``.
+        std: Standard deviation before the squash, with gradient, shape ``(B, A)``.
+    """
+
+    actions: th.Tensor
+    log_prob: th.Tensor
+    mean: th.Tensor
+    std: th.Tensor
+
+
+class CriticStep(NamedTuple):
+    """What the critic's update reports."""
+
+    critic_loss: th.Tensor
+    bellman_loss: th.Tensor
+    q_data: th.Tensor
+    penalty: Penalty | None
+    cql_loss: th.Tensor | None
+    multiplier: th.Tensor | None
+
+
+def critic_outputs(critic: Any, observations: th.Tensor | TensorDict, actions: th.Tensor) -> th.Tensor:
+    """Evaluate several actions at each state in one forward pass, with the features extracted once per state.
+
+    Args:
+        critic: SB3 critic with ``C`` networks of ``K`` outputs each.
+        observations: Batch of ``B`` observations.
+        actions: Shape ``(B, M, A)``.
+
+    Returns:
+        Shape ``(C, B, M, K)``.
+    """
+    batch_size, n_actions, _ = actions.shape
+    # SB3's critic trains its features extractor unless the actor owns it.
+    with th.set_grad_enabled(th.is_grad_enabled() and not critic.share_features_extractor):
+        features = critic.extract_features(observations, critic.features_extractor)
+    features = features.unsqueeze(1).expand(batch_size, n_actions, features.shape[1])
+    inputs = th.cat((features, actions), dim=2).reshape(batch_size * n_actions, -1)
+    return th.stack([q_network(inputs).view(batch_size, n_actions, -1) for q_network in critic.q_networks])
+
+
+class ConservativeActorCritic(ConservativeMixin):
+    """Conservative Q-Learning for the actor-critic algorithm that follows it in the bases.
+
+    Args:
+        *args: See the base class, as all keyword arguments but these.
+        actor_learning_rate: Learning rate of the actor and of the entropy coefficient, a number or a schedule;
+            ``None`` for ``learning_rate``, which the critic uses.
+        cql_alpha: Weight ``w`` of the conservative gap, not negative.
+        cql_n_actions: Actions sampled in each of the three groups (uniform, current policy, policy at the next state).
+        cql_variant: ``"H"`` (maximum entropy, Eq. 4), ``"rho"`` (proposal is the frozen policy, Eq. 3), ``"mu"`` (Eq. 2) or
+            ``"pointwise"`` (Eq. 1, only to reproduce Table 4).
+        cql_lagrange_threshold: ``tau``: learn the weight's multiplier so that the gap is near ``tau``; ``None`` for off. A flat
+            Q already has a gap of about ``A log 2 + log 3N`` (hopper 5.5, walker 7.6, AntMaze 8.9, pen 20.0, door 22.8), so
+            ``tau`` means nothing across tasks unless ``normalize_gap`` is on.
+        max_q_backup: Target is the best of ``cql_n_actions`` sampled actions, the minimum over critics first.
+        backup_entropy: Whether the target has the entropy term of maximum-entropy learning.
+        bc_steps: Gradient steps during which the actor clones the data's actions first.
+        **kwargs: See the base class and :class:`ConservativeMixin`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    actor: Any
+    batch_norm_stats: list[th.Tensor]
+    batch_norm_stats_target: list[th.Tensor]
+    critic: Any
+    critic_target: Any
+    log_ent_coef: th.Tensor | None
+    ent_coef_optimizer: th.optim.Adam | None
+    ent_coef_tensor: th.Tensor
+    target_entropy: Any
+    target_update_interval: int
+
+    def __init__(
+        self,
+        *args: Any,
+        actor_learning_rate: float | Schedule | None = 1e-4,
+        cql_alpha: float = 5.0,
+        cql_n_actions: int = 10,
+        cql_variant: CQLVariant = "H",
+        cql_lagrange_threshold: float | None = None,
+        max_q_backup: bool = False,
+        backup_entropy: bool = False,
+        bc_steps: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if not (isinstance(cql_n_actions, int) and cql_n_actions >= 1):
+            raise ValueError(f"cql_n_actions must be an integer >= 1; got {cql_n_actions!r}.")
+        if cql_variant not in losses.CQL_VARIANTS:
+            raise ValueError(f"cql_variant must be one of {losses.CQL_VARIANTS}; got {cql_variant!r}.")
+        if not (isinstance(bc_steps, int) and bc_steps >= 0):
+            raise ValueError(f"bc_steps must be an integer >= 0; got {bc_steps!r}.")
+        self.actor_learning_rate = actor_learning_rate
+        self.cql_n_actions = cql_n_actions
+        self.cql_variant: CQLVariant = cql_variant
+        self.cql_lagrange_threshold = cql_lagrange_threshold
+        self.max_q_backup = max_q_backup
+        self.backup_entropy = backup_entropy
+        self.bc_steps = bc_steps
+        self.log_cql_lagrange: th.Tensor | None = None
+        self.cql_lagrange_optimizer: th.optim.Adam | None = None
+        self._warned_of_clamp = False
+        super().__init__(*args, cql_alpha=cql_alpha, **kwargs)
+
+    # What a base class says of its critics ------------------------------------------------------------------------------
+
+    _critic_outputs = staticmethod(critic_outputs)
+
+    def _q_values(self, outputs: th.Tensor) -> th.Tensor:
+        """Read the values that the gap is made of.
+
+        Args:
+            outputs: From :func:`critic_outputs`, shape ``(C, B, M, K)``.
+
+        Returns:
+            Shape ``(C', B, M)``.
+        """
+        raise NotImplementedError
+
+    def _bellman_error(self, outputs: th.Tensor, target: th.Tensor) -> th.Tensor:
+        """Compute the Bellman error of the data's actions, twice what the base class minimises.
+
+        Args:
+            outputs: Of the data's actions, shape ``(C, B, K)``.
+            target: Shape ``(B, K')``.
+
+        Returns:
+            Shape ``(C,)``, or a scalar for all critics.
+        """
+        raise NotImplementedError
+
+    def _next_values(self, observations: th.Tensor | TensorDict, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Evaluate the best of several actions with the target critics.
+
+        Args:
+            observations: ``B`` observations.
+            actions: Shape ``(B, N, A)``.
+
+        Returns:
+            Values ``(B, K')`` and the index of the action ``(B, 1)``.
+        """
+        raise NotImplementedError
+
+    def _actor_values(self, observations: th.Tensor | TensorDict, actions: th.Tensor) -> th.Tensor:
+        """Evaluate what the actor climbs: actions ``(B, A)``, values ``(B, 1)``."""
+        raise NotImplementedError
+
+    # Setup -----------------------------------------------------------------------------------------------------------
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        rate = self.learning_rate if self.actor_learning_rate is None else self.actor_learning_rate
+        self.actor_lr_schedule: Schedule = FloatSchedule(rate)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        # The base class made these with the critic's learning rate.
+        update_learning_rate(self.actor.optimizer, self.actor_lr_schedule(1))
+        if self.ent_coef_optimizer is not None:
+            update_learning_rate(self.ent_coef_optimizer, self.actor_lr_schedule(1))
+        if self.cql_lagrange_threshold is not None:
+            # The authors' code starts at log alpha' = 1 and steps at the critic's rate.
+            self.log_cql_lagrange = th.ones(1, device=self.device, requires_grad=True)
+            self.cql_lagrange_optimizer = th.optim.Adam([self.log_cql_lagrange], lr=self.lr_schedule(1))
+
+    def _setup_without_env(self) -> None:
+        if not isinstance(self.action_space, spaces.Box):
+            raise ValueError(f"{type(self).__name__} needs a Box action space; the dataset has {self.action_space}.")
+        if not np.isfinite([self.action_space.low, self.action_space.high]).all():
+            raise ValueError(f"The action space needs finite bounds; the dataset has {self.action_space}.")
+        if self.target_entropy == "auto":
+            self.target_entropy = -float(np.prod(self.action_space.shape))
+        super()._setup_without_env()
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        """Update the critic's optimisers by ``learning_rate``, the actor's by ``actor_learning_rate``."""
+        own = [self.critic.optimizer]
+        if self.cql_lagrange_optimizer is not None:
+            own.append(self.cql_lagrange_optimizer)
+        super()._update_learning_rate(own)
+        actor_rate = self.actor_lr_schedule(self._current_progress_remaining)
+        self.logger.record("train/actor_learning_rate", actor_rate)
+        for optimizer in (self.actor.optimizer, self.ent_coef_optimizer):
+            if optimizer is not None:
+                update_learning_rate(optimizer, actor_rate)
+
+    # One gradient step, as the paper has it ----------------------------------------------------------------------------
+
+    def _train_step(self, batch: Batch) -> CQLMetrics:
+        if self.use_sde:
+            self.actor.reset_noise()
+        policy_step = self._sample_policy(batch)
+        ent_coef, ent_coef_loss = self._update_ent_coef(policy_step)
+        target, next_policy = self._compute_target(batch, ent_coef)
+        critic_step = self._update_critic(batch, target, policy_step, next_policy)
+        actor_loss = self._update_actor(batch, policy_step, ent_coef)
+        # Counted over all calls; SAC counts anew in each, so that one step a call always moves the targets.
+        if self._n_updates % self.target_update_interval == 0:
+            self._update_targets()
+
+        penalty = critic_step.penalty
+        return CQLMetrics(
+            critic_loss=critic_step.critic_loss,
+            bellman_loss=critic_step.bellman_loss,
+            q_data=critic_step.q_data,
+            actor_loss=actor_loss,
+            ent_coef=ent_coef,
+            ent_coef_loss=ent_coef_loss,
+            cql_loss=critic_step.cql_loss,
+            cql_gap=None if penalty is None else penalty.gap.mean(),
+            q_policy=None if penalty is None else penalty.q_policy,
+            q_random=None if penalty is None else penalty.q_random,
+            bound_rate=None if penalty is None else penalty.bound_rate,
+            cql_alpha=critic_step.multiplier,
+        )
+
+    def _sample_policy(self, batch: Batch) -> PolicyStep:
+        """Draw ``a ~ pi(.|s)`` with gradient, and keep the Gaussian that it came from for the proposals."""
+        actions, log_prob = self.actor.action_log_prob(batch.observations)
+        gaussian = self.actor.action_dist.distribution
+        return PolicyStep(actions, log_prob.reshape(-1, 1), gaussian.mean, gaussian.stddev)
+
+    def _update_ent_coef(self, policy_step: PolicyStep) -> tuple[th.Tensor, th.Tensor | None]:
+        """Step the entropy coefficient; return the one to use in this gradient step, from before the update, and the loss."""
+        if self.ent_coef_optimizer is None or self.log_ent_coef is None:
+            return self.ent_coef_tensor, None
+        ent_coef = th.exp(self.log_ent_coef.detach())
+        loss = -(self.log_ent_coef * (policy_step.log_prob + self.target_entropy).detach()).mean()
+        self.ent_coef_optimizer.zero_grad()
+        loss.backward()
+        self.ent_coef_optimizer.step()
+        return ent_coef, loss
+
+    @th.no_grad()
+    def _compute_target(self, batch: Batch, ent_coef: th.Tensor) -> tuple[th.Tensor, Gaussian]:
+        """Compute the Bellman target ``(B, K')``; return the policy at the next states with it, one of the proposals."""
+        if self.max_q_backup:
+            gaussian = self._policy_gaussian(batch.next_observations)
+            proposed = losses.propose_from_policy(gaussian.mean, gaussian.std, self.cql_n_actions)
+            next_values, best = self._next_values(batch.next_observations, proposed.actions)
+            next_log_prob = proposed.log_density.gather(1, best)
+        else:
+            actions, log_prob = self.actor.action_log_prob(batch.next_observations)
+            distribution = self.actor.action_dist.distribution
+            gaussian = Gaussian(distribution.mean, distribution.stddev)
+            next_values, _ = self._next_values(batch.next_observations, actions.unsqueeze(1))
+            next_log_prob = log_prob.reshape(-1, 1)
+        if self.backup_entropy:
+            next_values = next_values - ent_coef * next_log_prob
+        discounts = self.gamma if batch.discounts is None else batch.discounts
+        return losses.td_target(batch.rewards, batch.dones, discounts, next_values), gaussian
+
+    def _policy_gaussian(self, observations: th.Tensor | TensorDict) -> Gaussian:
+        """The policy's normal distribution before the squash."""
+        mean, log_std, kwargs = self.actor.get_action_dist_params(observations)
+        distribution = self.actor.action_dist.proba_distribution(mean, log_std, **kwargs).distribution
+        return Gaussian(distribution.mean, distribution.stddev)
+
+    def _values_of(self, observations: th.Tensor | TensorDict) -> th.Tensor:
+        actions, _ = self.actor.action_log_prob(observations)
+        values, _ = self._next_values(observations, actions.unsqueeze(1))
+        return values.mean(dim=1)
+
+    # The critic --------------------------------------------------------------------------------------------------------
+
+    def _update_critic(self, batch: Batch, target: th.Tensor, policy_step: PolicyStep, next_policy: Gaussian) -> CriticStep:
+        """Step the critic (and the Lagrange multiplier) on the Bellman error and the conservative gap."""
+        weight = self._cql_weight
+        # With weight 0 nothing is proposed: the base class's numbers at the base class's cost.
+        groups = {} if weight == 0.0 else self._propose(batch, Gaussian(policy_step.mean, policy_step.std), next_policy)
+        actions = th.cat([batch.actions.unsqueeze(1), *(group.actions for group in groups.values())], dim=1)
+        outputs = self._critic_outputs(self.critic, batch.observations, actions)
+        bellman_error = self._bellman_error(outputs[:, :, 0], target)
+        q_values = self._q_values(outputs)
+        penalty = self._compute_penalty(batch, q_values, groups) if groups else None
+
+        multiplier, threshold = None, 0.0
+        if penalty is not None and self.log_cql_lagrange is not None:
+            assert self.cql_lagrange_threshold is not None
+            multiplier, threshold = losses.lagrange_multiplier(self.log_cql_lagrange.detach()), self.cql_lagrange_threshold
+        full_weight = weight if multiplier is None else weight * multiplier
+        loss = losses.critic_loss(bellman_error, None if penalty is None else penalty.gap, full_weight, threshold).squeeze()
+
+        self.critic.optimizer.zero_grad()
+        loss.backward()
+        self.critic.optimizer.step()
+        if penalty is not None and multiplier is not None:
+            self._update_lagrange(penalty.gap, weight)
+
+        with th.no_grad():
+            bellman_loss = losses.critic_loss(bellman_error, None, 0.0)
+        cql_loss = None if penalty is None else loss.detach() - bellman_loss
+        return CriticStep(loss, bellman_loss, q_values[:, :, 0].detach().mean(), penalty, cql_loss, multiplier)
+
+    def _propose(self, batch: Batch, policy: Gaussian, next_policy: Gaussian) -> dict[str, ProposedActions]:
+        """Draw the actions of the soft maximum, by group."""
+        return losses.propose_actions(self.cql_variant, batch.actions, policy, next_policy, self.cql_n_actions)
+
+    def _compute_penalty(self, batch: Batch, q_values: th.Tensor, groups: dict[str, ProposedActions]) -> Penalty:
+        """Compute the gap from the values of the data's and of all proposed actions, shape ``(C, B, 1 + M)``."""
+        return losses.conservative_penalty(
+            q_values,
+            groups,
+            calibration=self._calibration(batch),
+            variant=self.cql_variant,
+            temperature=self.cql_temperature,
+            clip=self.cql_clip_diff,
+            normalize=self.normalize_gap,
+        )
+
+    def _calibration(self, batch: Batch) -> Calibration | None:
+        """What bounds the policy's values from below: nothing here, the returns-to-go in Cal-QL."""
+        return None
+
+    def _update_lagrange(self, gap: th.Tensor, weight: float) -> None:
+        """Step the Lagrange multiplier towards a gap of ``cql_lagrange_threshold``."""
+        assert self.log_cql_lagrange is not None
+        assert self.cql_lagrange_optimizer is not None
+        assert self.cql_lagrange_threshold is not None
+        loss = losses.lagrange_loss(self.log_cql_lagrange, gap, weight, self.cql_lagrange_threshold)
+        self.cql_lagrange_optimizer.zero_grad()
+        loss.backward()
+        self.cql_lagrange_optimizer.step()
+
+    # The actor and the targets -----------------------------------------------------------------------------------------
+
+    def _update_actor(self, batch: Batch, policy_step: PolicyStep, ent_coef: th.Tensor) -> th.Tensor:
+        """Step the actor towards higher Q and entropy, or towards the data during ``bc_steps``."""
+        if self._n_updates < self.bc_steps:
+            log_prob_data = losses.behavior_cloning_log_prob(batch.actions, policy_step.mean, policy_step.std)
+            loss = (ent_coef * policy_step.log_prob - log_prob_data).mean()
+        else:
+            values = self._actor_values(batch.observations, policy_step.actions)
+            loss = (ent_coef * policy_step.log_prob - values).mean()
+        self.actor.optimizer.zero_grad()
+        loss.backward()
+        self.actor.optimizer.step()
+        return loss.detach()
+
+    def _update_targets(self) -> None:
+        """Move the target critics by ``tau``; running statistics of batch normalisation are copied."""
+        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+    # Logging and saving --------------------------------------------------------------------------------------------------
+
+    def _record_metrics(self) -> None:
+        super()._record_metrics()
+        multiplier = self.logger.name_to_value.get("train/cql_alpha", 0.0)
+        if multiplier >= losses.LAGRANGE_MAX and not self._warned_of_clamp:
+            self._warned_of_clamp = True
+            warnings.warn(
+                f"The Lagrange multiplier reached its clamp of {losses.LAGRANGE_MAX:g}: the gap cannot come down to "
+                f"cql_lagrange_threshold={self.cql_lagrange_threshold}. Raise the threshold, or set normalize_gap=True so that "
+                "a flat Q has gap 0.",
+                stacklevel=2,
+            )
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, variables = super()._get_torch_save_params()
+        if self.cql_lagrange_threshold is not None:
+            return [*state_dicts, "cql_lagrange_optimizer"], [*variables, "log_cql_lagrange"]
+        return state_dicts, variables
+
+
+class CalibratedActorCritic(CalibratedMixin):
+    """Calibrated Q-Learning for the conservative actor-critic algorithm that follows it in the bases [Cal-QL, Eq. 5.1].
+
+    Args:
+        *args: See the base class, as all keyword arguments but these.
+        max_q_backup: As in CQL, but on, as in the authors' code.
+        calibrate_random: Whether the uniform actions' values are bounded too.
+        **kwargs: See the base class and :class:`CalibratedMixin`.
+    """
+
+    def __init__(self, *args: Any, max_q_backup: bool = True, calibrate_random: bool = False, **kwargs: Any) -> None:
+        self.calibrate_random = calibrate_random
+        super().__init__(*args, max_q_backup=max_q_backup, **kwargs)
+
+    def _calibration(self, batch: Batch) -> Calibration:
+        assert batch.returns_to_go is not None
+        return Calibration(batch.returns_to_go, self.calibrate_random)

@@ -1,0 +1,206 @@
+"""What all conservative and calibrated algorithms share, whatever their base class: options, the loop, returns-to-go."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
+from stable_baselines3.common.utils import configure_logger
+
+from cql_plugins.returns import RETURN_TAILS, ReturnTail
+from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
+from cql_plugins.sb3.offline import Batch, OfflineMixin
+
+SelfConservative = TypeVar("SelfConservative", bound="ConservativeMixin")
+_BOOTSTRAP_INTERVAL = 1000
+"""Gradient steps between two estimates of the values after truncated ends (``return_tail="bootstrap"``)."""
+_VALUE_BATCH = 4096
+
+
+class ConservativeMixin(OfflineMixin):
+    """Options and loop of conservative Q-learning for the SB3 algorithm that follows it in the bases.
+
+    Args:
+        *args: See the base class, as all keyword arguments but these.
+        cql_alpha: Weight ``w`` of the conservative gap, not negative.
+        cql_temperature: ``T`` of the soft maximum, positive.
+        cql_clip_diff: Smallest and largest gap of one sample; AntMaze uses ``(-200, inf)``.
+        normalize_gap: Subtract the gap of a flat Q, so that it is 0 whatever the number of actions.
+        cql_alpha_online: Weight during ``learn``; ``None`` keeps ``cql_alpha``. With 0 the gap is not computed: the base
+            class's cost.
+        **kwargs: See the base class and :class:`OfflineMixin`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        cql_alpha: float = 1.0,
+        cql_temperature: float = 1.0,
+        cql_clip_diff: tuple[float, float] = (-math.inf, math.inf),
+        normalize_gap: bool = False,
+        cql_alpha_online: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not (math.isfinite(cql_alpha) and cql_alpha >= 0.0):
+            raise ValueError(f"cql_alpha must be a number >= 0; got {cql_alpha}.")
+        if cql_alpha_online is not None and not (math.isfinite(cql_alpha_online) and cql_alpha_online >= 0.0):
+            raise ValueError(f"cql_alpha_online must be None or a number >= 0; got {cql_alpha_online}.")
+        if not (math.isfinite(cql_temperature) and cql_temperature > 0.0):
+            raise ValueError(f"cql_temperature must be a number > 0; got {cql_temperature}.")
+        if len(cql_clip_diff) != 2 or not cql_clip_diff[0] < cql_clip_diff[1]:
+            raise ValueError(f"cql_clip_diff must be (smallest, largest) with smallest < largest; got {cql_clip_diff}.")
+        self.cql_alpha = cql_alpha
+        self.cql_temperature = cql_temperature
+        self.cql_clip_diff = (float(cql_clip_diff[0]), float(cql_clip_diff[1]))
+        self.normalize_gap = normalize_gap
+        self.cql_alpha_online = cql_alpha_online
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _cql_weight(self) -> float:
+        """``w`` of the phase that the model is in."""
+        if self._is_offline_phase or self.cql_alpha_online is None:
+            return self.cql_alpha
+        return self.cql_alpha_online
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """Do gradient steps on batches of the dataset, the online buffer or both.
+
+        Args:
+            gradient_steps: How many.
+            batch_size: Transitions in each.
+        """
+        if not hasattr(self, "_logger"):
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, type(self).__name__)
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self._optimizers())
+        for _ in range(gradient_steps):
+            metrics = self._train_step(self.sample_batch(batch_size))
+            self._n_updates += 1
+            self._metrics.update(metrics)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        """Optimisers that follow ``learning_rate``."""
+        return []
+
+    def _train_step(self, batch: Batch) -> Any:
+        """Do one gradient step; return its metrics, a dataclass of scalars."""
+        raise NotImplementedError
+
+    def _values_of(self, observations: th.Tensor | TensorDict) -> th.Tensor:
+        """The target critics' value ``V(s)`` under the current policy, shape ``(n,)``."""
+        raise NotImplementedError
+
+    def learn(
+        self: SelfConservative,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfConservative:
+        """Train online in SB3's own loop, with batches mixed from the dataset where there is one.
+
+        Without a dataset this is the online algorithm with the conservative critic. After ``learn_offline`` there are no random
+        actions: the first ``learning_starts`` steps are collected by the policy.
+
+        Args:
+            total_timesteps: Environment steps.
+            callback: SB3 callback(s).
+            log_interval: Episodes between two log lines.
+            tb_log_name: Name of the TensorBoard run; the algorithm's where ``None``.
+            reset_num_timesteps: Whether to start the count of environment steps anew.
+            progress_bar: Show SB3's progress bar (needs tqdm and rich).
+
+        Returns:
+            The model.
+        """
+        name = type(self).__name__ if tb_log_name is None else tb_log_name
+        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+
+
+class CalibratedMixin(ConservativeMixin):
+    """Returns-to-go for the conservative algorithm that follows it in the bases, offline and online.
+
+    Args:
+        *args: See the base class, as all keyword arguments but these.
+        return_tail: What follows a truncated end in ``G``: ``"zero"`` (non-negative rewards), ``"sparse"`` (goal tasks: an
+            episode of failure rewards never ends), ``"none"`` (the bound is off for its episode) or ``"bootstrap"`` (the
+            target critics' value, estimated anew every 1000 gradient steps).
+        **kwargs: See the base class.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, *args: Any, return_tail: ReturnTail = "zero", **kwargs: Any) -> None:
+        if return_tail not in RETURN_TAILS:
+            raise ValueError(f"return_tail must be one of {RETURN_TAILS}; got {return_tail!r}.")
+        self.return_tail: ReturnTail = return_tail
+        super().__init__(*args, **kwargs)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        assert self.replay_buffer is not None
+        self.replay_buffer = with_returns_to_go(self.replay_buffer, self.gamma, self.return_tail)
+
+    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
+        """Load a replay buffer; returns-to-go are computed where it was saved without them.
+
+        Args:
+            path: See SB3.
+            truncate_last_traj: See SB3.
+        """
+        super().load_replay_buffer(path, truncate_last_traj)
+        assert self.replay_buffer is not None
+        self.replay_buffer = with_returns_to_go(self.replay_buffer, self.gamma, self.return_tail, self._failure_reward)
+
+    def _adopt_offline_buffer(self, buffer: ReplayBuffer) -> ReturnsToGoMixin:
+        extended = with_returns_to_go(buffer, self.gamma, self.return_tail)
+        if self.return_tail == "sparse":
+            # One failure reward for both phases: an online episode must not define its own.
+            extended.failure_reward = float(extended.rewards[: extended.size()].min())
+            assert isinstance(self.replay_buffer, ReturnsToGoMixin)
+            self.replay_buffer.failure_reward = extended.failure_reward
+        return extended
+
+    @property
+    def _failure_reward(self) -> float | None:
+        return self.offline_buffer.failure_reward if isinstance(self.offline_buffer, ReturnsToGoMixin) else None
+
+    def sample_batch(self, batch_size: int) -> Batch:
+        """Sample a training batch with returns-to-go, see :meth:`OfflineMixin.sample_batch`.
+
+        Args:
+            batch_size: ``B``, number of transitions.
+
+        Returns:
+            The batch, ``returns_to_go`` set.
+        """
+        if self.return_tail == "bootstrap" and self._n_updates % _BOOTSTRAP_INTERVAL == 0:
+            for buffer in (self.offline_buffer, self.replay_buffer):
+                if isinstance(buffer, ReturnsToGoMixin):
+                    buffer.recompute_returns(self._target_values, self._vec_normalize_env)
+        return super().sample_batch(batch_size)
+
+    @th.no_grad()
+    def _target_values(self, observations: Any) -> np.ndarray:
+        """The target critics' value of many observations, shape ``(n,)``, block by block."""
+        if isinstance(observations, dict):
+            length = len(next(iter(observations.values())))
+            blocks = [
+                {key: value[start : start + _VALUE_BATCH] for key, value in observations.items()}
+                for start in range(0, length, _VALUE_BATCH)
+            ]
+        else:
+            blocks = list(observations.split(_VALUE_BATCH))
+        return th.cat([self._values_of(block) for block in blocks]).cpu().numpy()
