@@ -211,7 +211,9 @@ class ConservativeActorCritic(ConservativeMixin):
         if self.cql_lagrange_optimizer is not None:
             own.append(self.cql_lagrange_optimizer)
         super()._update_learning_rate(own)
-        actor_rate = self.actor_lr_schedule(self._current_progress_remaining)
+        # Without a rate of its own the actor follows whatever `lr_schedule` is by now.
+        schedule = self.lr_schedule if self.actor_learning_rate is None else self.actor_lr_schedule
+        actor_rate = schedule(self._current_progress_remaining)
         self.logger.record("train/actor_learning_rate", actor_rate)
         for optimizer in (self.actor.optimizer, self.ent_coef_optimizer):
             if optimizer is not None:
