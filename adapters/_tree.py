@@ -35,15 +35,26 @@ def first_leaf(tree: Any) -> Any:
 
 
 def read_only(array: Array) -> Array:
-    """Return a view that cannot be written, nor made writable.
+    """Return a view that cannot be written, nor made writable. What only stands for an array is returned as it is.
 
     NumPy refuses to make a view writable while the owner of its memory is not, so the owner is locked too.
     """
     owner: Any = array
+    if not isinstance(owner, np.ndarray):
+        return array  # `StackedFrames`, read-only by itself.
     while isinstance(owner, np.ndarray):
         owner.flags.writeable = False
         owner = owner.base
     return array.view()
+
+
+def is_mapped(array: Any) -> bool:
+    """Tell whether an array is a view of a file."""
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap):
+            return True
+        array = array.base
+    return False
 
 
 def row_blocks(n_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:

@@ -414,6 +414,7 @@ def _as_stored(values: Any, space: spaces.Space[Any]) -> Any:
     """
     if isinstance(space, spaces.Dict):
         return {key: _as_stored(values[key], subspace) for key, subspace in space.spaces.items()}
+    values = np.asarray(values)  # one episode of stacked frames at a time
     if not np.can_cast(values.dtype, np.dtype(space.dtype), casting="safe"):
         raise DatasetError(f"expected values of the dtype of {space} or a narrower one, got {values.dtype}")
     return values.astype(space.dtype, copy=False)

@@ -171,7 +171,16 @@ def _scores(dataset: "OfflineDataset") -> Quantiles | None:
 
 
 def _extremes(array: Array) -> tuple[Array, Array]:
-    return array.min(axis=0), array.max(axis=0)
+    """Find minimum and maximum over the rows, reading them in blocks: they may be a file, or stacked frames."""
+    low = high = None
+    for start, stop in row_blocks(len(array), row_nbytes(array)):
+        block = np.asarray(array[start:stop])
+        smallest, largest = block.min(axis=0), block.max(axis=0)
+        low = smallest if low is None else np.minimum(low, smallest)
+        high = largest if high is None else np.maximum(high, largest)
+    assert low is not None
+    assert high is not None
+    return low, high
 
 
 def _columns(extremes: list[tuple[str, tuple[Array, Array]]], test: Any) -> tuple[str, ...]:
