@@ -377,6 +377,8 @@ def to_minari(
         )
     created = _outermost_missing(path)
     space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
+    # One at a time, since together they may be larger than memory; Minari asks for a list, and goes through it once.
+    buffers: Any = (_to_buffer(episode, space_of) for episode in dataset)
     try:
         with warnings.catch_warnings():
             # Minari asks for each piece of metadata that was not given; here leaving one out is the caller's choice.
@@ -384,7 +386,7 @@ def to_minari(
             warnings.filterwarnings("ignore", message="env_spec is None", category=UserWarning)
             stored: MinariDataset = minari.create_dataset_from_buffers(
                 dataset_id,
-                [_to_buffer(episode, space_of) for episode in dataset],
+                buffers,
                 env=_spec_only_env(dataset),
                 observation_space=dataset.observation_space,
                 action_space=dataset.action_space,

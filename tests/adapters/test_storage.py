@@ -28,6 +28,7 @@ from cql_plugins.adapters import (
     from_d4rl,
     from_minari,
     from_npz,
+    to_d3rlpy,
     to_minari,
     to_sb3,
 )
@@ -144,6 +145,18 @@ class TestSameAsInMemory:
         model.learn_offline(dataset, gradient_steps=2)
         assert is_mapped(model.offline_buffer.observations._leaf)
         assert to_sb3(dataset, model).sample(3).observations.shape == (3, 2)
+
+    def test_d3rlpy_shares_the_files(self, tmp_path: Path, steps: dict[str, Any], quietly: Any) -> None:
+        buffer = to_d3rlpy(quietly(from_npz, as_npz(tmp_path / "data", steps), storage="memmap"))
+        assert is_mapped(buffer._observations)
+        assert buffer.transition_batch(np.array([4])).next_observations.tolist() == [[102, 7]]
+
+    def test_nothing_but_views_until_it_is_picked_apart(self, tmp_path: Path, steps: dict[str, Any], quietly: Any) -> None:
+        dataset = quietly(from_npz, as_npz(tmp_path / "data", steps), storage="memmap")
+        for part in (dataset[1:], dataset.scale_rewards(2.0), dataset[1:].stack_frames(2)):
+            leaf = part.observations
+            assert is_mapped(leaf.frames if isinstance(leaf, StackedFrames) else leaf)
+        assert not is_mapped(dataset[[1, 0]].observations)
 
 
 class TestReuse:
