@@ -5,10 +5,11 @@
 Two measurements, each in processes of their own; files go to a temporary folder that is removed at the end (at most
 about 4 GiB at the default sizes).
 
-1. `--frames` observations of 84 x 84, to be stacked by four, as Minari files, read and turned into a buffer for a model.
-   Memory is what the process holds beyond its state before reading (`RssAnon`, its own memory, and `RssFile`, pages of
-   files that the system can take back), and the highest resident memory on the way (`VmHWM`), over one byte for each
-   pixel of each frame. Target: at most 1.1, data set and buffer together.
+1. `--frames` observations of 84 x 84, to be stacked by four, as Minari files, read and turned into a buffer for a
+   model, from which batches of 32 are drawn. Memory is what the process holds beyond its state before reading
+   (`RssAnon`, its own memory, and `RssFile`, pages of files that the system can take back), and the highest resident
+   memory on the way (`VmHWM`), over one byte for each pixel of each frame. Target: at most 1.1, data set and buffer
+   together.
 2. A data set of four times `--limit` MiB trains CQL for `--steps` gradient steps in a process with that limit. The limit
    is RLIMIT_DATA, set before Python starts: the kernel counts against it all private writable memory (heap, NumPy's and
    torch's arrays), the imports too, but not files that are mapped to be read, which RLIMIT_AS would count though they
@@ -18,6 +19,9 @@ about 4 GiB at the default sizes).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -90,18 +94,20 @@ def child_hold(storage: str, cache: str) -> dict[str, Any]:
     def hold(dataset_id: str) -> Any:
         dataset = from_minari(dataset_id, **options)
         buffer = dataset.to_sb3(model)
-        start = time.perf_counter()
         for _ in range(50):
-            batch = buffer.sample(256)
-        return dataset, buffer, batch, (time.perf_counter() - start) / 50
+            batch = buffer.sample(model.batch_size)
+        assert tuple(batch.observations.shape) == (model.batch_size, STACK, SIDE, SIDE)
+        return dataset, buffer
 
     hold(WARM_UP_ID)  # what the libraries and the sampling of batches take, whatever the data, is not counted
+    before = _status(trim=True)
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory counts from here
-    before = _status()
-    dataset, buffer, batch, seconds = hold(MINARI_ID)
-    assert tuple(batch.observations.shape) == (256, STACK, SIDE, SIDE)
-    del batch
-    after = _status()
+    dataset, buffer = hold(MINARI_ID)
+    after = _status(trim=True)
+    seconds = time.perf_counter()
+    for _ in range(50):
+        buffer.sample(256)
+    seconds = (time.perf_counter() - seconds) / 50
     columns = (dataset.actions, dataset.rewards, dataset.terminations, dataset.truncations)
     columns += (buffer._wide_actions, buffer.rewards, buffer.dones, buffer.timeouts, buffer._cuts)
     return {
@@ -187,8 +193,12 @@ def _model(stack: int) -> Any:
     )
 
 
-def _status() -> dict[str, int]:
-    """Memory of this process in bytes, by the kernel's names."""
+def _status(*, trim: bool = False) -> dict[str, int]:
+    """Memory of this process in bytes, by the kernel's names; with `trim` after the heap gave back what it does not hold."""
+    if trim:
+        gc.collect()
+        with contextlib.suppress(AttributeError):  # glibc's
+            ctypes.CDLL(None).malloc_trim(0)
     lines = Path("/proc/self/status").read_text().splitlines()
     wanted = ("VmData", "VmHWM", "VmRSS", "RssAnon", "RssFile")
     return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.split(":")[0] in wanted}
