@@ -204,7 +204,7 @@ def _read(folder: Path, state: list[list[Any]]) -> tuple[OfflineDataset, list[st
             inferred=frozenset(manifest["inferred"]),
         )
         return dataset, [str(note) for note in manifest["notes"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
 

@@ -115,9 +115,23 @@ class StackedFrames:
             start, stop, _ = index.indices(len(self))
             window = first + start, first + max(start, stop)
             return StackedFrames(self._frames, self._leads, self._starts, self._channels_first, window)
-        chosen = np.arange(len(self))[index]
-        stacks = self._gather(first + np.atleast_1d(chosen))
-        return stacks if chosen.ndim else stacks[0]
+        chosen = self._rows(index)
+        stacks = self._gather(first + chosen.reshape(-1))
+        return stacks.reshape(*chosen.shape, *stacks.shape[1:])
+
+    def _rows(self, index: Any) -> npt.NDArray[np.int64]:
+        """Return the rows of an index, counted from the first, as integers of the index's shape."""
+        if isinstance(index, slice):
+            return np.arange(*index.indices(len(self)))
+        rows = np.asarray(index)
+        if rows.dtype == np.bool_:
+            everything: npt.NDArray[np.int64] = np.arange(len(self))
+            return everything[rows]
+        if not rows.size:
+            return np.zeros(rows.shape, dtype=np.int64)
+        if rows.dtype.kind not in "iu" or not (rows.min() >= -len(self) and rows.max() < len(self)):
+            raise IndexError(f"rows must be integers in [0, {len(self)}), got {index!r}")
+        return np.where(rows < 0, rows + len(self), rows)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         """Make the array this stands for.

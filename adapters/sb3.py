@@ -139,7 +139,7 @@ def _buffer_base(dataset: OfflineDataset, model_or_env: Any, n_steps: int) -> "t
 
 def _is_worth_sharing(leaf: Any) -> bool:
     """Tell whether copies of these observations would cost much memory."""
-    return isinstance(leaf, StackedFrames) or is_mapped(leaf) or (leaf.dtype == np.uint8 and leaf.ndim == 4)
+    return isinstance(leaf, StackedFrames) or is_mapped(leaf) or (leaf.dtype == np.uint8 and leaf.ndim >= 3)
 
 
 # Fit ------------------------------------------------------------------------------------------------------------------

@@ -121,7 +121,8 @@ class TestArray:
         assert repr(stacks) == "StackedFrames(shape=(7, 3, 4, 5), dtype=uint8, n_stack=3)"
 
     @pytest.mark.parametrize(
-        "index", [0, -1, np.int64(4), slice(2, 6), slice(5, 2), slice(None, None, -2), [6, 0, 4], [], np.arange(7) % 2 == 0]
+        "index",
+        [0, -1, np.int64(4), slice(2, 6), slice(5, 2), slice(None, None, -2), [6, 0, 4], [], [[0, -1]], np.arange(7) % 2 == 0],
     )
     def test_indexing_is_that_of_the_array(self, index: Any) -> None:
         stacks = self.stacks()
@@ -132,7 +133,7 @@ class TestArray:
     def test_further_indices(self, index: Any) -> None:
         np.testing.assert_array_equal(self.stacks()[index], np.asarray(self.stacks())[index])
 
-    @pytest.mark.parametrize("index", [7, [-8], [0, 7]])
+    @pytest.mark.parametrize("index", [7, [-8], [0, 7], 0.5, np.ones(6, bool)])
     def test_out_of_range(self, index: Any) -> None:
         with pytest.raises(IndexError):
             self.stacks()[index]

@@ -29,9 +29,9 @@ def test_stacks_and_their_buffer_hold_each_frame_once(bench: Any, tmp_path: Path
     rows = bench.measure_held(100_000, tmp_path)
     for row in rows.values():
         assert row["array_bytes"] <= 1.1 * row["pixel_bytes"]
-    assert rows["memory"]["own"] + rows["memory"]["file"] <= 1.1 * rows["memory"]["pixel_bytes"]
-    assert rows["memory"]["peak"] <= 1.1 * rows["memory"]["pixel_bytes"]
-    assert rows["memmap"]["own"] <= 0.2 * rows["memmap"]["pixel_bytes"]
+        assert row["own"] + row["file"] <= 1.1 * row["pixel_bytes"]
+        assert row["peak"] <= 1.1 * row["pixel_bytes"]
+    assert rows["memmap"]["own"] <= 0.1 * rows["memmap"]["pixel_bytes"]
 
 
 def test_four_times_the_memory_trains(bench: Any, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ class TestReuse:
         to_minari(golden.scale_rewards(3.0), "made/up-v0")
         assert from_minari("made/up-v0", storage="memmap").rewards[0] == 3
 
-    @pytest.mark.parametrize("damage", ["cut", "gone", "shape", "json", "format", "outside", "object"])
+    @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "shape", "json", "format", "outside", "object"])
     def test_damaged_entry_is_written_again(self, path: Path, quietly: Any, cache: Path, damage: str, assert_same: Any) -> None:
         first = self._read(path, quietly)
         (folder,) = cache.iterdir()
@@ -224,6 +224,9 @@ class TestReuse:
             shutil.copy(column, tmp := column.with_suffix(".tmp"))
             os.truncate(tmp, column.stat().st_size - 1)
             tmp.replace(column)
+        elif damage == "empty":
+            column.unlink()
+            column.touch()
         elif damage == "gone":
             column.unlink()
         elif damage == "object":
