@@ -125,8 +125,8 @@ class StackedFrames:
             return np.arange(*index.indices(len(self)))
         rows = np.asarray(index)
         if rows.dtype == np.bool_:
-            everything: npt.NDArray[np.int64] = np.arange(len(self))
-            return everything[rows]
+            picked: npt.NDArray[np.int64] = np.arange(len(self))[rows]
+            return picked
         if not rows.size:
             return np.zeros(rows.shape, dtype=np.int64)
         if rows.dtype.kind not in "iu" or not (rows.min() >= -len(self) and rows.max() < len(self)):

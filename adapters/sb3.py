@@ -253,15 +253,14 @@ def _write_observations(dataset: OfflineDataset, buffer: Any, space: spaces.Spac
     else:
         pairs = [(dataset.observations, current, following)]
     for source, target, next_target in pairs:
-        if source.ndim == 4 and source.shape[1:] != target.shape[2:]:
-            source = np.moveaxis(source, 3, 1)
-        # Discrete observations are kept with a trailing axis of one.
-        source = source.reshape(len(source), *target.shape[2:])
+        transposed = source.ndim == 4 and source.shape[1:] != target.shape[2:]
         for start, stop in row_blocks(len(dataset), row_nbytes(source)):
             rows = dataset.observation_rows(np.arange(start, stop))
-            target[start:stop, 0] = source[rows]
-            rows += 1
-            next_target[start:stop, 0] = source[rows]
+            for column in (target, next_target):
+                block = np.moveaxis(source[rows], 3, 1) if transposed else source[rows]
+                # Discrete observations are kept with a trailing axis of one.
+                column[start:stop, 0] = block.reshape(len(rows), *column.shape[2:])
+                rows += 1
 
 
 def _write_actions(dataset: OfflineDataset, buffer: Any, space: spaces.Space[Any]) -> None:

@@ -131,6 +131,13 @@ class TestSameAsTheCopy:
         assert batches(shared)[0].observations.shape == (1, 3, 36, 37)
         assert batches(shared)[0].observations.dtype == th.uint8
 
+    def test_stacks_channels_first(self, arguments: dict[str, Any]) -> None:
+        dataset = filmed(arguments, spaces.Box(0, 255, (1, 36, 37), np.uint8)).stack_frames(3)
+        env = Env(dataset.observation_space, dataset.action_space)
+        shared, copied = (to_sb3(dataset, env, device="cpu", share=share) for share in (True, False))
+        assert copied.next_observations[:, 0, :, 7, 8].tolist() == ZERO_NEXT
+        assert all_same(batches(shared), batches(copied))
+
     def test_n_steps(self, arguments: dict[str, Any]) -> None:
         dataset = noisy(arguments)
         shared, copied = (to_sb3(dataset, host(dataset, 3), device="cpu", n_steps=3, share=share) for share in (True, False))
