@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cql_plugins.adapters.d3rlpy import from_d3rlpy, to_d3rlpy
     from cql_plugins.adapters.d4rl import from_d4rl
     from cql_plugins.adapters.dataset import Episode, OfflineDataset, Transitions
+    from cql_plugins.adapters.frames import StackedFrames
     from cql_plugins.adapters.minari import from_minari, to_minari
     from cql_plugins.adapters.models import ModelError, to_d3rlpy_model, to_sb3_model
     from cql_plugins.adapters.report import DatasetSummary
@@ -27,6 +28,7 @@ __all__ = [
     "Episode",
     "ModelError",
     "OfflineDataset",
+    "StackedFrames",
     "Transitions",
     "from_arrays",
     "from_d3rlpy",
@@ -49,6 +51,7 @@ _HOMES = {
     "Episode": "dataset",
     "ModelError": "models",
     "OfflineDataset": "dataset",
+    "StackedFrames": "frames",
     "Transitions": "dataset",
     "from_arrays": "arrays",
     "from_d3rlpy": "d3rlpy",

@@ -1,7 +1,7 @@
 """From one row per step, the layout of most files, to the `T + 1` observations per episode of `OfflineDataset`."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from cql_plugins.adapters._tree import Array, map_leaves, named_leaves, row_blocks, row_nbytes
+from cql_plugins.adapters._tree import Array, extremes, map_leaves, named_leaves, row_blocks, row_nbytes
 from cql_plugins.adapters._validation import (
     DatasetError,
     Flags,
@@ -87,6 +87,51 @@ def dataset_from_steps(
     Raises:
         DatasetError: If the data is not valid.
     """
+    dataset, notes = read_steps(
+        steps,
+        observation_space=observation_space,
+        action_space=action_space,
+        max_episode_steps=max_episode_steps,
+        prefer_termination=prefer_termination,
+        announce_inferred=announce_inferred,
+        name=name,
+        env_id=env_id,
+        references=references,
+    )
+    announce(steps.source, notes)
+    return dataset
+
+
+def read_steps(
+    steps: Steps,
+    *,
+    observation_space: spaces.Space[Any] | None,
+    action_space: spaces.Space[Any] | None,
+    max_episode_steps: int | None = None,
+    prefer_termination: bool = False,
+    announce_inferred: bool = True,
+    name: str | None = None,
+    env_id: str | None = None,
+    references: tuple[float, float] | None = None,
+    allocate: Callable[[tuple[int, ...], Any], Array] = np.empty,
+) -> tuple[OfflineDataset, list[str]]:
+    """Do what `dataset_from_steps` does, and return what there is to tell the user.
+
+    Args:
+        steps: See `dataset_from_steps`, as all others but the last.
+        observation_space: See there.
+        action_space: See there.
+        max_episode_steps: See there.
+        prefer_termination: See there.
+        announce_inferred: See there.
+        name: See there.
+        env_id: See there.
+        references: See there.
+        allocate: From shape and dtype to the array that observations or actions are written to.
+
+    Raises:
+        DatasetError: If the data is not valid.
+    """
     where = Where(steps.source)
     rewards = check_rewards(steps.rewards, None, "rewards", where)
     if not len(rewards):
@@ -100,8 +145,8 @@ def dataset_from_steps(
     terminations, truncations = _read_flags(steps, len(rewards), where, max_episode_steps, prefer_termination)
     layout = _lay_out(steps, terminations, truncations, where)
     dataset = OfflineDataset._trusted(
-        observations=_gather_observations(steps, layout),
-        actions=_keep_rows(steps.actions, layout.kept),
+        observations=_gather_observations(steps, layout, allocate),
+        actions=_keep_rows(steps.actions, layout.kept, allocate),
         rewards=np.array(rewards[layout.kept]),
         terminations=layout.terminations,
         truncations=layout.truncations,
@@ -117,8 +162,7 @@ def dataset_from_steps(
     if inferred and announce_inferred:
         said = ", ".join(f"{kind} {getattr(dataset, kind)}" for kind in sorted(inferred))
         notes.append(f"inferred from the values: {said}; pass the spaces to say otherwise")
-    announce(steps.source, notes)
-    return dataset
+    return dataset, notes
 
 
 def announce(source: str, notes: list[str], stacklevel: int = 4) -> None:
@@ -164,12 +208,8 @@ def infer_action_space(actions: Any, where: Where) -> spaces.Space[Any]:
         return _infer_discrete(actions, "actions", where)
     if len(shape) > 1 and dtype.kind == "f" and shape[0]:
         check_values(actions, spaces.Box(-np.inf, np.inf, shape[1:], dtype.type), "actions", where)
-        values = np.asarray(actions)
-        return spaces.Box(
-            np.minimum(values.min(axis=0), -1).astype(dtype),
-            np.maximum(values.max(axis=0), 1).astype(dtype),
-            dtype=dtype.type,
-        )
+        low, high = extremes(actions)
+        return spaces.Box(np.minimum(low, -1).astype(dtype), np.maximum(high, 1).astype(dtype), dtype=dtype.type)
     raise _cannot_infer(shape, dtype, "actions", "action_space", where)
 
 
@@ -354,9 +394,9 @@ def _lay_out_without_next(terminations: Flags, ends: Flags, unflagged: Flags, no
     )
 
 
-def _keep_rows(source: Any, kept: Flags) -> Array:
+def _keep_rows(source: Any, kept: Flags, allocate: Callable[[tuple[int, ...], Any], Array]) -> Array:
     """Copy the kept rows, block by block."""
-    result = np.empty((int(kept.sum()), *source.shape[1:]), dtype=source.dtype)
+    result = allocate((int(kept.sum()), *source.shape[1:]), source.dtype)
     filled = 0
     for start, stop in row_blocks(len(kept), row_nbytes(source)):
         block = kept[start:stop]
@@ -366,14 +406,14 @@ def _keep_rows(source: Any, kept: Flags) -> Array:
     return result
 
 
-def _gather_observations(steps: Steps, layout: _Layout) -> Any:
+def _gather_observations(steps: Steps, layout: _Layout, allocate: Callable[[tuple[int, ...], Any], Array]) -> Any:
     """Copy the observations, with each episode's final one after its last step."""
     followed = layout.followed
     destinations = np.cumsum(layout.observed) - 1 + np.cumsum(followed) - followed
 
     def gather(source: Any, follower: Any) -> Array:
         n_rows = int(layout.observed.sum() + followed.sum())
-        result = np.empty((n_rows, *source.shape[1:]), dtype=source.dtype)
+        result = allocate((n_rows, *source.shape[1:]), source.dtype)
         for start, stop in row_blocks(len(followed), row_nbytes(source)):
             rows, observed = destinations[start:stop], layout.observed[start:stop]
             block = source[start:stop]

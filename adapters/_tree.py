@@ -35,15 +35,26 @@ def first_leaf(tree: Any) -> Any:
 
 
 def read_only(array: Array) -> Array:
-    """Return a view that cannot be written, nor made writable.
+    """Return a view that cannot be written, nor made writable. What only stands for an array is returned as it is.
 
     NumPy refuses to make a view writable while the owner of its memory is not, so the owner is locked too.
     """
     owner: Any = array
+    if not isinstance(owner, np.ndarray):
+        return array  # `StackedFrames`, read-only by itself.
     while isinstance(owner, np.ndarray):
         owner.flags.writeable = False
         owner = owner.base
     return array.view()
+
+
+def is_mapped(array: Any) -> bool:
+    """Tell whether an array is a view of a file."""
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap):
+            return True
+        array = array.base
+    return False
 
 
 def row_blocks(n_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -56,3 +67,16 @@ def row_blocks(n_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 def row_nbytes(array: Any) -> int:
     """Bytes of one row of an array-like that has `shape` and `dtype`."""
     return int(np.prod(array.shape[1:], dtype=np.int64)) * int(np.dtype(array.dtype).itemsize)
+
+
+def extremes(array: Any) -> tuple[Array, Array]:
+    """Find minimum and maximum over the rows, reading them in blocks: they may be a file, or stacked frames."""
+    low = high = None
+    for start, stop in row_blocks(len(array), row_nbytes(array)):
+        block = np.asarray(array[start:stop])
+        smallest, largest = block.min(axis=0), block.max(axis=0)
+        low = smallest if low is None else np.minimum(low, smallest)
+        high = largest if high is None else np.maximum(high, largest)
+    assert low is not None
+    assert high is not None
+    return low, high

@@ -1,19 +1,24 @@
 """Readers for arrays that are in memory, or in an `.npz` file."""
 
+import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from cql_plugins.adapters._steps import Steps, dataset_from_steps
-from cql_plugins.adapters._tree import map_leaves
+from cql_plugins.adapters._steps import Steps, announce, dataset_from_steps, read_steps
+from cql_plugins.adapters._storage import Allocate, Origin, Storage, check_storage, fingerprint, in_memory, stored
+from cql_plugins.adapters._tree import Array, map_leaves
 from cql_plugins.adapters._validation import DatasetError
 from cql_plugins.adapters.dataset import OfflineDataset
+
+_SMALL = 2**16
 
 
 def from_arrays(
@@ -89,6 +94,8 @@ def from_npz(
     env_id: str | None = None,
     references: tuple[float, float] | None = None,
     prefer_termination: bool = False,
+    storage: Storage = "memory",
+    cache_dir: "str | PathLike[str] | None" = None,
 ) -> OfflineDataset:
     """Read the arrays of `from_arrays` from an `.npz` file. Nothing in it is ever unpickled.
 
@@ -103,16 +110,43 @@ def from_npz(
         env_id: See `from_arrays`.
         references: See `from_arrays`.
         prefer_termination: See `from_arrays`.
+        storage: `memory`, or `memmap` to keep the data in files, see `from_minari`.
+        cache_dir: Folder for these files, see `from_minari`.
 
     Raises:
         DatasetError: If the file is absent or is not an `.npz` file, a field is missing or holds Python objects, and as
             `from_arrays`.
     """
     source = str(path)
-    fields = _read_npz(source)
-    observations = _collect(fields, "observations")
+
+    def read(fields: dict[str, Any], allocate: Allocate) -> tuple[OfflineDataset, list[str]]:
+        return read_steps(
+            _steps_of(fields, source),
+            observation_space=observation_space,
+            action_space=action_space,
+            prefer_termination=prefer_termination,
+            allocate=allocate,
+        )
+
+    if check_storage(storage, cache_dir):
+        if not Path(source).is_file():
+            raise DatasetError("expected an .npz file, there is no such file", source=source)
+        options = {
+            "reader": "npz",
+            "spaces": [fingerprint(observation_space), fingerprint(action_space)],
+            "prefer_termination": prefer_termination,
+        }
+        origin = Origin(name=source, files=[Path(source)], options=options)
+        dataset, notes = stored(origin, cache_dir, lambda columns: read(_read_npz(source, columns.new_path), columns.allocate))
+    else:
+        dataset, notes = read(_read_npz(source), in_memory)
+    announce(source, notes, stacklevel=3)
+    return dataset._replaced(name=name or stem(source), env_id=env_id, references=references)
+
+
+def _steps_of(fields: Mapping[str, Any], source: str) -> Steps:
     required = {
-        "observations": observations,
+        "observations": _collect(fields, "observations"),
         "actions": fields.get("actions"),
         "rewards": fields.get("rewards"),
         "terminations": fields.get("terminations", fields.get("terminals")),
@@ -121,16 +155,7 @@ def from_npz(
     missing = [key for key, value in required.items() if value is None]
     if missing:
         raise DatasetError(f"expected this field, got only {sorted(fields)}", source=source, field=missing[0])
-    steps = Steps(**required, next_observations=_collect(fields, "next_observations"), source=source)
-    return dataset_from_steps(
-        steps,
-        observation_space=observation_space,
-        action_space=action_space,
-        prefer_termination=prefer_termination,
-        name=name or stem(source),
-        env_id=env_id,
-        references=references,
-    )
+    return Steps(**required, next_observations=_collect(fields, "next_observations"), source=source)
 
 
 def stem(path: str) -> str:
@@ -139,7 +164,8 @@ def stem(path: str) -> str:
     return base.rsplit(".", 1)[0] or base
 
 
-def _read_npz(source: str) -> dict[str, Any]:
+def _read_npz(source: str, new_path: Callable[[], Path] | None = None) -> dict[str, Any]:
+    """Read all arrays, or unpack them to files named by `new_path` and map those."""
     key = None
     fields: dict[str, Any] = {}
     try:
@@ -149,7 +175,7 @@ def _read_npz(source: str) -> dict[str, Any]:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DatasetError("expected an .npz file, got a single .npy array", source=source)
             for key in archive.files:
-                fields[key] = archive[key]
+                fields[key] = archive[key] if new_path is None else _unpack(archive, key, new_path())
     except DatasetError:
         raise
     except FileNotFoundError as error:
@@ -163,6 +189,19 @@ def _read_npz(source: str) -> dict[str, Any]:
             hint="Python objects are not read, since unpickling runs code from the file",
         ) from error
     return fields
+
+
+def _unpack(archive: Any, key: str, path: Path) -> Array:
+    """Copy one array out of an archive, a piece at a time, and map it."""
+    members = archive.zip.namelist()
+    with archive.zip.open(key if key in members else f"{key}.npy") as packed, path.open("wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked)
+    with path.open("rb") as file:
+        # What cannot be mapped, being empty or no plain array, is read or refused as in memory.
+        array: Array = (
+            np.load(file, allow_pickle=False) if path.stat().st_size < _SMALL else np.load(path, "r", allow_pickle=False)
+        )
+    return array
 
 
 def _collect(fields: Mapping[str, Any], name: str) -> Any:

@@ -9,6 +9,7 @@ from cql_plugins.adapters._steps import FieldNames, Steps, announce, dataset_fro
 from cql_plugins.adapters._tree import Array
 from cql_plugins.adapters._validation import DatasetError
 from cql_plugins.adapters.dataset import OfflineDataset
+from cql_plugins.adapters.frames import StackedFrames
 
 if TYPE_CHECKING:
     from d3rlpy.dataset import EpisodeBase, ReplayBufferBase, TrajectorySlicerProtocol, TransitionPickerProtocol
@@ -41,7 +42,7 @@ def to_d3rlpy(
         The buffer; it also serves d3rlpy's own algorithms.
 
     Raises:
-        DatasetError: If d3rlpy has no algorithm for such observations or actions.
+        DatasetError: If d3rlpy has no algorithm for such observations or actions, or frames are stacked already.
         ImportError: If d3rlpy is not installed.
     """
     from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer
@@ -86,6 +87,15 @@ def _leaves(observations: Any, space: spaces.Space[Any], field: str, source: str
             source=source,
             field=field,
             hint="One-hot encode them",
+        )
+    if isinstance(observations, StackedFrames):
+        k = observations.n_stack
+        raise DatasetError(
+            f"expected single frames, since d3rlpy stacks them itself; got {observations}",
+            source=source,
+            field=field,
+            hint=f"Pass the data set before stack_frames({k}), with transition_picker=FrameStackTransitionPicker({k}) of "
+            "d3rlpy.dataset",
         )
     array: Array = observations
     if array.ndim == 1:

@@ -21,6 +21,7 @@ from cql_plugins.adapters._validation import (
     check_tree,
     resolve_both_flags,
 )
+from cql_plugins.adapters.frames import Padding, StackedFrames, is_image, stack, stacked_space, unstack
 from cql_plugins.adapters.scores import normalized_score, reference_scores
 from cql_plugins.returns import ReturnTail, returns_to_go
 
@@ -154,7 +155,7 @@ class OfflineDataset:
                 hint="Set truncations[-1] where the record simply stops",
             )
         check_structure(observations, observation_space, "observations", where)
-        observations = map_leaves(np.array, observations)
+        observations = map_leaves(_copied, observations)
         actions = np.array(actions)
         check_tree(observations, observation_space, n_steps + int(ends.sum()), "observations", where)
         check_tree(actions, action_space, n_steps, "actions", where)
@@ -221,7 +222,7 @@ class OfflineDataset:
 
     @property
     def observations(self) -> Any:
-        """`N + E` observations, `T + 1` per episode; an array or a (nested) dict of arrays, read-only."""
+        """`N + E` observations, `T + 1` per episode; an array (or `StackedFrames`) or a (nested) dict of them, read-only."""
         return map_leaves(lambda leaf: leaf, self._observations)
 
     @property
@@ -367,9 +368,14 @@ class OfflineDataset:
                 f"expected at least one episode, got none of {self.n_episodes}", source=self._name or "OfflineDataset"
             )
         rows = _ranges(self._offsets[chosen], self._offsets[chosen + 1])
-        observation_rows = _ranges(self._offsets[chosen] + chosen, self._offsets[chosen + 1] + chosen + 1)
+        starts, stops = self._offsets[chosen] + chosen, self._offsets[chosen + 1] + chosen + 1
+        observation_rows = _ranges(starts, stops)
+
+        def take(leaf: Any) -> Any:
+            return leaf.take_ranges(starts, stops) if isinstance(leaf, StackedFrames) else leaf[observation_rows]
+
         return self._replaced(
-            observations=map_leaves(lambda leaf: leaf[observation_rows], self._observations),
+            observations=map_leaves(take, self._observations),
             actions=self._actions[rows],
             rewards=self._rewards[rows],
             terminations=self._terminations[rows],
@@ -429,7 +435,7 @@ class OfflineDataset:
             A data set of copies.
 
         Raises:
-            DatasetError: If there is none, or spaces or dtypes disagree.
+            DatasetError: If there is none, spaces or dtypes disagree, or frames are stacked in some of them only.
         """
         parts = list(datasets)
         if not parts:
@@ -439,6 +445,13 @@ class OfflineDataset:
             layouts = {str(map_leaves(lambda leaf: leaf.dtype, getattr(d, field))) for d in parts}
             if len(layouts) > 1:
                 raise where.error(f"expected one dtype, got {sorted(layouts)}", field=field.strip("_"))
+        stacked = {str(map_leaves(_stacking, d._observations)) for d in parts}
+        if len(stacked) > 1:
+            raise where.error(
+                f"expected frames that are stacked in one way, got {sorted(stacked)}",
+                field="observations",
+                hint="Call stack_frames (on single frames) or unstack_frames (on stacks) on each before joining",
+            )
         merged_spaces = {}
         for kind in ("observation_space", "action_space"):
             merged_spaces[kind] = _merged_space([(getattr(d, kind), kind in d._inferred) for d in parts], kind, where)
@@ -449,7 +462,7 @@ class OfflineDataset:
 
         def joined(attribute: str) -> Any:
             trees = [getattr(d, attribute) for d in parts]
-            return map_leaves(lambda *leaves: np.concatenate(leaves), *trees)
+            return map_leaves(lambda *leaves: _concatenated(leaves), *trees)
 
         return OfflineDataset._trusted(
             observations=joined("_observations"),
@@ -504,6 +517,92 @@ class OfflineDataset:
             terminations=self._terminations[rows_],
             truncations=self._truncations[rows_],
         )
+
+    # Frame stacks -----------------------------------------------------------------------------------------------------
+
+    def stack_frames(self, k: int, padding: Padding = "zero", *, keys: Sequence[str] | None = None) -> "OfflineDataset":
+        """Let each observation be the `k` latest ones of its episode; each frame stays in memory once.
+
+        Channels grow: `(H, W, C)` becomes `(H, W, k * C)` with the newest frame last, as SB3's `VecFrameStack` has it,
+        channel-first images `(k * C, H, W)`. Grey images `(H, W)` become `(k, H, W)`, as Gymnasium's
+        `FrameStackObservation` has them. `to_sb3` calls this where the model has `k` times the channels.
+
+        Args:
+            k: Frames in a stack.
+            padding: What precedes the first frame of an episode: `zero` as `VecFrameStack`, or `reset`, the first frame
+                again, as `FrameStackObservation(padding_type="reset")`.
+            keys: Of Dict observations, the keys to stack; all images where None.
+
+        Returns:
+            A data set whose `observations` are `StackedFrames`: put together when rows are asked for.
+
+        Raises:
+            DatasetError: If there is nothing to stack, or it is stacked already.
+        """
+        if k < 1:
+            raise ValueError(f"expected at least one frame in a stack, got k={k}")
+
+        def stacked(leaf: Any, space: spaces.Space[Any], field: str) -> tuple[Any, spaces.Space[Any]]:
+            where = Where(self._name or "OfflineDataset")
+            if isinstance(leaf, StackedFrames):
+                raise where.error(f"expected single frames, got stacks of {leaf.n_stack}", field=field)
+            if not isinstance(space, spaces.Box) or not space.shape:
+                raise where.error(f"expected frames of a Box space with an axis to stack along, got {space}", field=field)
+            return stack(leaf, self._observation_starts, k, padding), stacked_space(space, k)
+
+        return self._with_leaves(stacked, keys)
+
+    def unstack_frames(self, k: int, *, keys: Sequence[str] | None = None) -> "OfflineDataset":
+        """Keep each frame of observations that came stacked once; the observations stay what they were.
+
+        Args:
+            k: Frames in a stack.
+            keys: Of Dict observations, the keys that are stacked; all images where None.
+
+        Returns:
+            A data set of a `k`-th of the size, whose `observations` are `StackedFrames`.
+
+        Raises:
+            DatasetError: If consecutive observations of an episode do not overlap in `k - 1` frames.
+        """
+        if k < 2:
+            raise ValueError(f"expected at least two frames in a stack, got k={k}")
+
+        def unstacked(leaf: Any, space: spaces.Space[Any], field: str) -> tuple[Any, spaces.Space[Any]]:
+            where = Where(self._name or "OfflineDataset")
+            if isinstance(leaf, StackedFrames) or leaf.ndim < 2:
+                raise where.error(f"expected stacks of {k} frames as an array, got {leaf!r}", field=field)
+            return unstack(leaf, self._observation_starts, k, field, where), space
+
+        return self._with_leaves(unstacked, keys)
+
+    @property
+    def _observation_starts(self) -> npt.NDArray[np.int64]:
+        return self._offsets[:-1] + np.arange(self.n_episodes)
+
+    def _with_leaves(
+        self, change: Callable[[Any, spaces.Space[Any], str], tuple[Any, spaces.Space[Any]]], keys: Sequence[str] | None
+    ) -> "OfflineDataset":
+        """Replace the observations, or those of `keys`, and their spaces."""
+        space = self._observation_space
+        if not isinstance(space, spaces.Dict):
+            if keys is not None:
+                raise DatasetError(f"expected no keys for the space {space}, got {list(keys)}", source=self._name)
+            leaf, changed = change(self._observations, space, "observations")
+            return self._replaced(observations=leaf, observation_space=changed)
+        chosen = [key for key, subspace in space.items() if is_image(subspace)] if keys is None else list(keys)
+        if not chosen or not set(chosen) <= set(space):
+            raise DatasetError(
+                f"expected keys of {sorted(space)} to stack, got {chosen or 'none, since none of them is an image'}",
+                source=self._name or "OfflineDataset",
+                field="observations",
+                hint="Pass keys",
+            )
+        assert isinstance(self._observations, dict)
+        leaves, subspaces = dict(self._observations), dict(space.spaces)
+        for key in chosen:
+            leaves[key], subspaces[key] = change(leaves[key], subspaces[key], f"observations.{key}")
+        return self._replaced(observations=leaves, observation_space=spaces.Dict(subspaces))
 
     # Rewards and returns ----------------------------------------------------------------------------------------------
 
@@ -626,6 +725,20 @@ def _in_space_order(observations: Any, space: spaces.Space[Any]) -> Observations
         return {key: _in_space_order(observations[key], subspace) for key, subspace in space.spaces.items()}
     leaf: Array = observations
     return leaf
+
+
+def _copied(leaf: Any) -> Any:
+    """Copy an array; stacks cannot be written and are kept."""
+    return leaf if isinstance(leaf, StackedFrames) else np.array(leaf)
+
+
+def _stacking(leaf: Any) -> str:
+    """Say how the frames of a leaf are stacked."""
+    return f"{leaf.n_stack} frames, channels first: {leaf.channels_first}" if isinstance(leaf, StackedFrames) else "not stacked"
+
+
+def _concatenated(leaves: Sequence[Any]) -> Any:
+    return StackedFrames.concatenate(leaves) if isinstance(leaves[0], StackedFrames) else np.concatenate(leaves)
 
 
 def _ranges(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ import numpy as np
 from gymnasium import spaces
 
 from cql_plugins.adapters._steps import announce
-from cql_plugins.adapters._tree import Array, map_leaves, named_leaves
+from cql_plugins.adapters._storage import Allocate, Origin, Storage, check_storage, fingerprint, in_memory, stored
+from cql_plugins.adapters._tree import Array, is_mapped, map_leaves, named_leaves
 from cql_plugins.adapters._validation import (
     DatasetError,
     Flags,
@@ -40,6 +42,8 @@ def from_minari(
     name: str | None = None,
     references: tuple[float, float] | None = None,
     prefer_termination: bool = False,
+    storage: Storage = "memory",
+    cache_dir: "str | PathLike[str] | None" = None,
 ) -> OfflineDataset:
     """Read a Minari data set, whatever its storage (HDF5, Arrow or Parquet).
 
@@ -55,6 +59,10 @@ def from_minari(
         references: Returns of a random and of an expert policy; where not given those in the data set's metadata, then
             those looked up by its id and environment.
         prefer_termination: Read a step with both flags as terminated instead of refusing it.
+        storage: `memory`, or `memmap` for data larger than it: written once, episode by episode, to column files in a
+            cache folder and used from there; again while Minari's files and these arguments are the same.
+        cache_dir: The cache folder for `memmap`; where None `cql-plugins/datasets` in the user's cache folder
+            (`$XDG_CACHE_HOME`, else `~/.cache`).
 
     Returns:
         The data set, with Minari's spaces and dtypes.
@@ -72,10 +80,39 @@ def from_minari(
     where = Where(str(dataset.id))
     check_supported_space(dataset.observation_space, "observations", where)
     check_supported_space(dataset.action_space, "actions", where)
-    reader = _EpisodeReader(dataset, where, prefer_termination)
-    reader.read()
-    announce(where.source, reader.notes(), stacklevel=3)
-    return reader.build(name, references or _stored_references(dataset))
+
+    def read(allocate: Allocate) -> tuple[OfflineDataset, list[str]]:
+        reader = _EpisodeReader(dataset, where, prefer_termination, allocate)
+        reader.read()
+        return reader.build(), reader.notes()
+
+    if check_storage(storage, cache_dir):
+        origin = _origin(dataset, prefer_termination)
+        built, notes = stored(origin, cache_dir, lambda columns: read(columns.allocate))
+    else:
+        built, notes = read(in_memory)
+    announce(where.source, notes, stacklevel=3)
+    env_spec = dataset.env_spec
+    return built._replaced(
+        name=name,
+        env_id=None if env_spec is None else env_spec.id,
+        references=references or _stored_references(dataset),
+    )
+
+
+def _origin(dataset: Any, prefer_termination: bool) -> Origin:
+    """Tell which files, and which of their episodes, a Minari data set is."""
+    data = Path(dataset.spec.data_path)
+    return Origin(
+        name=str(dataset.id),
+        files=[path for path in data.rglob("*") if path.is_file()],
+        options={
+            "reader": "minari",
+            "prefer_termination": prefer_termination,
+            "episodes": fingerprint(np.asarray(dataset.episode_indices)),
+        },
+        folder=data.parent,  # Minari's folder for this data set has its data in `data`.
+    )
 
 
 def _import_minari() -> Any:
@@ -110,8 +147,9 @@ def _stored_references(dataset: Any) -> tuple[float, float] | None:
 class _GrowingArray:
     """An array that rows are appended to; `capacity` is an estimate, and right for every data set in order."""
 
-    def __init__(self, like: Array, capacity: int) -> None:
-        self._values = np.empty((max(capacity, len(like)), *like.shape[1:]), dtype=like.dtype)
+    def __init__(self, like: Array, capacity: int, allocate: Allocate) -> None:
+        self._allocate = allocate
+        self._values = allocate((max(capacity, len(like)), *like.shape[1:]), like.dtype)
         self._size = 0
 
     @property
@@ -124,23 +162,24 @@ class _GrowingArray:
         """Copy `rows` to the end."""
         needed = self._size + len(rows)
         if needed > len(self._values):
-            grown = np.empty((needed + needed // 2, *self._values.shape[1:]), dtype=self._values.dtype)
+            grown = self._allocate((needed + needed // 2, *self._values.shape[1:]), self._values.dtype)
             grown[: self._size] = self._values[: self._size]
             self._values = grown
         self._values[self._size : needed] = rows
         self._size = needed
 
     def finish(self) -> Array:
-        """Return the rows, without a copy unless much of the capacity was not used."""
+        """Return the rows, without a copy unless much of the capacity was not used (and is memory)."""
         rows = self._values[: self._size]
-        return rows if 8 * self._size >= 7 * len(self._values) else rows.copy()
+        return rows if is_mapped(rows) or 8 * self._size >= 7 * len(self._values) else rows.copy()
 
 
 class _EpisodeReader:
-    """Reads episodes one at a time into flat arrays, so that the data is in memory once."""
+    """Reads episodes one at a time into flat arrays, so that the data is in memory (or in files) once."""
 
-    def __init__(self, dataset: Any, where: Where, prefer_termination: bool) -> None:
+    def __init__(self, dataset: Any, where: Where, prefer_termination: bool, allocate: Allocate) -> None:
         self.dataset = dataset
+        self.allocate = allocate
         self.where = where
         self.prefer_termination = prefer_termination
         self.fields: dict[str, Any] = {}
@@ -242,7 +281,7 @@ class _EpisodeReader:
             if field not in self.fields:
                 extra = self.dataset.total_episodes if field == "observations" else 0
                 capacity = int(self.dataset.total_steps + extra)
-                self.fields[field] = map_leaves(lambda leaf, n=capacity: _GrowingArray(leaf, n), values)
+                self.fields[field] = map_leaves(lambda leaf, n=capacity: _GrowingArray(leaf, n, self.allocate), values)
             self._append_field(field, values)
 
     def _append_field(self, field: str, values: Any) -> None:
@@ -271,17 +310,13 @@ class _EpisodeReader:
             notes.append(f"{self.n_split} flag(s) inside an episode, it is split there")
         return notes
 
-    def build(self, name: str, references: tuple[float, float] | None) -> OfflineDataset:
+    def build(self) -> OfflineDataset:
         """Hand over the arrays."""
-        env_spec = self.dataset.env_spec
         return OfflineDataset._trusted(
             **{field: map_leaves(lambda values: values.finish(), tree) for field, tree in self.fields.items()},
             unflagged=np.array(self.unflagged, dtype=np.bool_),
             observation_space=self.dataset.observation_space,
             action_space=self.dataset.action_space,
-            name=name,
-            env_id=None if env_spec is None else env_spec.id,
-            references=references,
         )
 
 
@@ -342,6 +377,8 @@ def to_minari(
         )
     created = _outermost_missing(path)
     space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
+    # One at a time, since together they may be larger than memory; Minari asks for a list, and goes through it once.
+    buffers: Any = (_to_buffer(episode, space_of) for episode in dataset)
     try:
         with warnings.catch_warnings():
             # Minari asks for each piece of metadata that was not given; here leaving one out is the caller's choice.
@@ -349,7 +386,7 @@ def to_minari(
             warnings.filterwarnings("ignore", message="env_spec is None", category=UserWarning)
             stored: MinariDataset = minari.create_dataset_from_buffers(
                 dataset_id,
-                [_to_buffer(episode, space_of) for episode in dataset],
+                buffers,
                 env=_spec_only_env(dataset),
                 observation_space=dataset.observation_space,
                 action_space=dataset.action_space,
@@ -414,6 +451,7 @@ def _as_stored(values: Any, space: spaces.Space[Any]) -> Any:
     """
     if isinstance(space, spaces.Dict):
         return {key: _as_stored(values[key], subspace) for key, subspace in space.spaces.items()}
+    values = np.asarray(values)  # one episode of stacked frames at a time
     if not np.can_cast(values.dtype, np.dtype(space.dtype), casting="safe"):
         raise DatasetError(f"expected values of the dtype of {space} or a narrower one, got {values.dtype}")
     return values.astype(space.dtype, copy=False)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from cql_plugins.adapters._tree import Array, named_leaves, row_blocks, row_nbytes
+from cql_plugins.adapters._tree import Array, extremes, named_leaves, row_blocks, row_nbytes
 
 if TYPE_CHECKING:
     from cql_plugins.adapters.dataset import OfflineDataset
@@ -135,7 +135,7 @@ def summarize(dataset: "OfflineDataset") -> DatasetSummary:
     space = dataset.action_space
     discrete = isinstance(space, spaces.Discrete)
     leaves = [*named_leaves(dataset.observations, "observations"), ("actions", dataset.actions)]
-    extremes = [(name, _extremes(leaf)) for name, leaf in leaves]
+    ranges = [(name, extremes(leaf)) for name, leaf in leaves]
     arrays = [*(leaf for _, leaf in leaves), dataset.rewards, dataset.terminations, dataset.truncations]
     return DatasetSummary(
         name=dataset.name,
@@ -154,8 +154,8 @@ def summarize(dataset: "OfflineDataset") -> DatasetSummary:
         reward_range=(float(dataset.rewards.min()), float(dataset.rewards.max())),
         share_actions_at_bounds=None if discrete else _share_at_bounds(dataset.actions, space),
         action_counts=_action_counts(dataset.actions, space) if isinstance(space, spaces.Discrete) else None,
-        constant_columns=_columns(extremes, lambda low, high: low == high),
-        non_finite_columns=_columns(extremes, lambda low, high: ~(np.isfinite(low) & np.isfinite(high))),
+        constant_columns=_columns(ranges, lambda low, high: low == high),
+        non_finite_columns=_columns(ranges, lambda low, high: ~(np.isfinite(low) & np.isfinite(high))),
         nbytes=sum(array.nbytes for array in arrays),
     )
 
@@ -170,14 +170,10 @@ def _scores(dataset: "OfflineDataset") -> Quantiles | None:
         return None
 
 
-def _extremes(array: Array) -> tuple[Array, Array]:
-    return array.min(axis=0), array.max(axis=0)
-
-
-def _columns(extremes: list[tuple[str, tuple[Array, Array]]], test: Any) -> tuple[str, ...]:
+def _columns(ranges: list[tuple[str, tuple[Array, Array]]], test: Any) -> tuple[str, ...]:
     """Name the columns whose minimum and maximum pass `test`; for images only the number of pixels that do."""
     found: list[str] = []
-    for name, (low, high) in extremes:
+    for name, (low, high) in ranges:
         hits = np.argwhere(test(low, high))
         if low.ndim == 0:
             found += [name] * len(hits)

@@ -8,9 +8,10 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from cql_plugins.adapters._steps import Steps, dataset_from_steps
-from cql_plugins.adapters._tree import Array, map_leaves, row_blocks, row_nbytes
+from cql_plugins.adapters._tree import Array, is_mapped, map_leaves, named_leaves, row_blocks, row_nbytes
 from cql_plugins.adapters._validation import DatasetError, require_extra
 from cql_plugins.adapters.dataset import OfflineDataset
+from cql_plugins.adapters.frames import StackedFrames, has_channels_first, is_image
 from cql_plugins.returns import ReturnTail
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def to_sb3(
     return_tail: ReturnTail | None = None,
     n_steps: int | None = None,
     device: Any = None,
+    share: bool | None = None,
 ) -> "ReturnsToGoMixin":
     """Fill a replay buffer for a Stable-Baselines3 model or environment.
 
@@ -34,6 +36,10 @@ def to_sb3(
     1`), full, with one environment, and as SB3 fills it: actions scaled to [-1, 1] by the bounds of the model's action
     space, raw observations, `dones` at every end of an episode and `timeouts` at truncated ones. Channel-last images
     are transposed where the model has them channel-first.
+
+    With `share` the observations stay where they are, in the data set's memory or file, and each batch is gathered from
+    there: the same samples at less than half the memory, from a buffer that does not grow. Single frames are stacked,
+    as SB3's `VecFrameStack` does it, where the model has a multiple of their channels.
 
     Action values outside the bounds are clipped, and counted in one warning. Where bounds are exactly -1 and 1 the
     values are copied as they are, since SB3's scaling formula would round them.
@@ -47,6 +53,8 @@ def to_sb3(
             say. With "bootstrap" all returns are -inf until the algorithm estimates them.
         n_steps: Steps of n-step returns; 1 where the model does not say.
         device: Device that samples go to; "auto" where the model does not say.
+        share: Whether to share the observations instead of copying them; where None they are if some of them are images
+            (bytes), stacked frames or in a file.
 
     Returns:
         The buffer, with `returns_to_go` of shape `(len(dataset), 1)`.
@@ -57,23 +65,32 @@ def to_sb3(
     """
     base = _buffer_base(dataset, model_or_env, n_steps := _setting(n_steps, model_or_env, "n_steps", 1))
     from cql_plugins.sb3.buffers import returns_to_go_buffer_class
+    from cql_plugins.sb3.shared_buffer import shared_buffer_class
 
     observation_space, action_space = _spaces_of(model_or_env)
+    dataset = _stacked_to_fit(dataset, observation_space)
     _check_fit(dataset, observation_space, action_space)
     gamma = float(_setting(gamma, model_or_env, "gamma", 0.99))
     tail = _setting(return_tail, model_or_env, "return_tail", "zero")
     # Before the buffer takes its memory: summing returns needs room of its own.
     returns = None if tail == "bootstrap" else dataset.returns_to_go(gamma, tail)
+    options: dict[str, Any] = {"n_steps": n_steps, "gamma": gamma} if n_steps > 1 else {}
+    if share is None:
+        share = any(_is_worth_sharing(leaf) for _, leaf in named_leaves(dataset.observations, ""))
+    if share:
+        base = shared_buffer_class(base)
+        options |= {"shared_observations": dataset.observations, "offsets": dataset.offsets}
     buffer = returns_to_go_buffer_class(base)(
         len(dataset),
         observation_space,
         action_space,
         device=_setting(device, model_or_env, "device", "auto"),
         n_envs=1,
-        **({"n_steps": n_steps, "gamma": gamma} if n_steps > 1 else {}),
+        **options,
     )
     buffer.configure_returns(gamma, tail)
-    _write_observations(dataset, buffer, observation_space)
+    if not share:
+        _write_observations(dataset, buffer, observation_space)
     _write_actions(dataset, buffer, action_space)
     np.copyto(buffer.rewards[:, 0], dataset.rewards, casting="same_kind")
     np.logical_or(dataset.terminations, dataset.truncations, out=buffer.dones[:, 0], casting="unsafe")
@@ -120,6 +137,11 @@ def _buffer_base(dataset: OfflineDataset, model_or_env: Any, n_steps: int) -> "t
     return NStepReplayBuffer if n_steps > 1 else ReplayBuffer
 
 
+def _is_worth_sharing(leaf: Any) -> bool:
+    """Tell whether copies of these observations would cost much memory."""
+    return isinstance(leaf, StackedFrames) or is_mapped(leaf) or (leaf.dtype == np.uint8 and leaf.ndim >= 3)
+
+
 # Fit ------------------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +159,36 @@ def _check_fit(dataset: OfflineDataset, observation_space: spaces.Space[Any], ac
                 source=dataset.name or "OfflineDataset",
                 field=field,
             )
+
+
+def _stacked_to_fit(dataset: OfflineDataset, target: spaces.Space[Any]) -> OfflineDataset:
+    """Stack single frames where `target` has a multiple of their channels; whether the rest fits is checked later."""
+    own = dataset.observation_space
+    if not isinstance(own, spaces.Dict):
+        k = _frames_to_stack(own, target)
+        return dataset.stack_frames(k) if k > 1 else dataset
+    if isinstance(target, spaces.Dict):
+        for key in set(own) & set(target):
+            k = _frames_to_stack(own[key], target[key])
+            if k > 1:
+                dataset = dataset.stack_frames(k, keys=[key])
+    return dataset
+
+
+def _frames_to_stack(own: spaces.Space[Any], target: spaces.Space[Any]) -> int:
+    """How many images of the space `own` are one of `target`; 1 where they do not fit at all."""
+    if not (is_image(own) and is_image(target)) or own.shape == target.shape:
+        return 1
+    frame, stacked = own.shape or (), target.shape or ()
+    grey = len(frame) == 2
+    if grey or has_channels_first(frame):
+        channels, sides = (1, frame) if grey else (frame[0], frame[1:])
+        found = stacked[0] if len(stacked) == 3 and stacked[1:] == sides else 0
+    else:
+        channels, sides = frame[2], frame[:2]
+        last, first = (len(stacked) == 3 and part == sides for part in (stacked[:2], stacked[1:]))
+        found = stacked[2] if last else stacked[0] if first else 0
+    return found // channels if found and found % channels == 0 else 1
 
 
 def _misfit(own: spaces.Space[Any], target: spaces.Space[Any], inferred: bool) -> str | None:
@@ -201,15 +253,14 @@ def _write_observations(dataset: OfflineDataset, buffer: Any, space: spaces.Spac
     else:
         pairs = [(dataset.observations, current, following)]
     for source, target, next_target in pairs:
-        if source.ndim == 4 and source.shape[1:] != target.shape[2:]:
-            source = np.moveaxis(source, 3, 1)
-        # Discrete observations are kept with a trailing axis of one.
-        source = source.reshape(len(source), *target.shape[2:])
+        transposed = source.ndim == 4 and source.shape[1:] != target.shape[2:]
         for start, stop in row_blocks(len(dataset), row_nbytes(source)):
             rows = dataset.observation_rows(np.arange(start, stop))
-            target[start:stop, 0] = source[rows]
-            rows += 1
-            next_target[start:stop, 0] = source[rows]
+            for column in (target, next_target):
+                block = np.moveaxis(source[rows], 3, 1) if transposed else source[rows]
+                # Discrete observations are kept with a trailing axis of one.
+                column[start:stop, 0] = block.reshape(len(rows), *column.shape[2:])
+                rows += 1
 
 
 def _write_actions(dataset: OfflineDataset, buffer: Any, space: spaces.Space[Any]) -> None:

@@ -24,6 +24,7 @@ LOSSES, CQL, RETURNS, BUFFERS = (
     "cql_plugins/sb3/buffers.py",
 )
 D3RLPY = "cql_plugins/d3rlpy/"
+FRAMES, SHARED, STORAGE = "adapters/frames.py", "cql_plugins/sb3/shared_buffer.py", "adapters/_storage.py"
 SOFT_MAXIMUM = "    return temperature * th.logsumexp(logits, dim=2)"
 
 MUTANTS: dict[str, tuple[str, str, str]] = {
@@ -145,6 +146,18 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         '((modules["q_funcs"], model.critic), (modules["q_funcs"], model.critic_target))',
     ),
     "bridge-forgets-the-epsilon": ("adapters/models.py", "scale**2 - normalized.epsilon", "scale**2"),
+    # Memory.
+    "oldest-frame-last": (FRAMES, "self._frames_before(rows, k - 1 - slot)", "self._frames_before(rows, slot)"),
+    "stacks-across-episodes": (
+        FRAMES,
+        "found = self._frames[rows - np.minimum(back, ages)]\n        young = np.flatnonzero(ages < back)",
+        "found = self._frames[np.maximum(rows - back, 0)]\n        young = np.flatnonzero(rows < back)",
+    ),
+    "stacks-that-do-not-overlap": (FRAMES, "differs & ~is_start", "differs & is_start & ~is_start"),
+    "next-is-current": (SHARED, "self._leaf[rows + episodes + self._shift]", "self._leaf[rows + episodes]"),
+    "episodes-without-their-last": (SHARED, "self._leaf[rows + episodes + self._shift]", "self._leaf[rows + self._shift]"),
+    "outdated-files": (STORAGE, ' or manifest["source"] != state', ""),
+    "half-an-entry": (STORAGE, "        shutil.rmtree(folder, ignore_errors=True)\n    raise", "        pass\n    raise"),
 }
 
 
@@ -164,6 +177,8 @@ def survives(name: str) -> bool:
         if path.startswith((D3RLPY, "adapters/models")):
             tests = [f"tests/d3rlpy/test_{topic}.py" for topic in ("parity", "buffers", "online", "wrapping", "ddp")]
             tests.append("tests/adapters/test_models.py")
+        if path in (FRAMES, SHARED, STORAGE):
+            tests = [f"tests/adapters/test_{topic}.py" for topic in ("frames", "shared", "storage")]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         # The copy goes before an editable install of the package.
         environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}

@@ -484,6 +484,7 @@ def fill_normalization(env: VecNormalize, buffer: ReplayBuffer) -> None:
 
 def _update_in_blocks(rms: RunningMeanStd, stored: np.ndarray, rows: np.ndarray, block: int = 65_536) -> None:
     """Update statistics block by block, so that images are never all cast to float64 at once."""
+    block = max(1, min(block, 2**26 // (8 * rms.mean.size)))
     for start in range(0, len(rows), block):
         part = stored[rows[start : start + block]]
         rms.update(part.reshape(-1, *rms.mean.shape).astype(np.float64))
