@@ -29,12 +29,14 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari
-from cql_plugins.sb3 import CQL, CalQL
+from cql_plugins.sb3 import CQL, CQLTQC, CalQL
 from cql_plugins.sb3.actor_critic import ConservativeActorCritic
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("CQL_PLUGINS_DATA", ROOT.parent / "shared" / "data"))
-ALGORITHMS: dict[str, type[CQL]] = {"cql": CQL, "calql": CalQL}
+ALGORITHMS: dict[str, type[ConservativeActorCritic]] = {"cql": CQL, "calql": CalQL, "cqltqc": CQLTQC, "tqc": CQLTQC}
+# Without conservatism ours are their hosts, number for number.
+AS_HOST: dict[str, Any] = {"cql_alpha": 0.0, "backup_entropy": True, "actor_learning_rate": None}
 
 
 class D4RLDoorReward(gym.Wrapper[Any, Any, Any, Any]):
@@ -127,7 +129,7 @@ def use_bf16_hidden_layers() -> None:
 class RecordEvaluations(EvalCallback):
     """SB3's evaluation, written to the result file and followed by a checkpoint each time."""
 
-    def __init__(self, *args: Any, record: Callable[[int, list[float], CQL], None], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, record: Callable[[int, list[float], ConservativeActorCritic], None], **kwargs: Any) -> None:
         super().__init__(*args, verbose=0, **kwargs)
         self.record = record
         self.returns: list[float] = []
@@ -140,7 +142,7 @@ class RecordEvaluations(EvalCallback):
     def _on_step(self) -> bool:
         going_on = super()._on_step()
         if self.returns:
-            assert isinstance(self.model, CQL)
+            assert isinstance(self.model, ConservativeActorCritic)
             self.record(self.num_timesteps, self.returns, self.model)
             self.returns = []
         return going_on
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("task", choices=sorted(TASKS))
     parser.add_argument("--algorithm", choices=sorted(ALGORITHMS), default="cql")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cql-alpha", type=float, help="another weight than the task's")
     parser.add_argument("--steps", type=int, default=20_000, help="offline gradient steps")
     parser.add_argument("--online-steps", type=int, default=0, help="environment steps afterwards, for each --online-algorithm")
     parser.add_argument("--online-algorithm", choices=sorted(ALGORITHMS), nargs="*", default=["cql", "calql"])
@@ -207,16 +210,23 @@ def main() -> None:
                 "transitions": len(dataset),
                 "score": float(np.mean(dataset.normalized_score())),
             },
-            "arguments": task.arguments,
             "offline": [],
             "online": {},
         }
-        model = algorithm("MlpPolicy", env, seed=arguments.seed, device="cpu", **copy.deepcopy(task.arguments))
+        options = copy.deepcopy(task.arguments)
+        if arguments.cql_alpha is not None:
+            options["cql_alpha"] = arguments.cql_alpha
+        if arguments.algorithm == "tqc":
+            options |= AS_HOST
+        result["arguments"] = options
+        model = algorithm("MlpPolicy", env, seed=arguments.seed, device="cpu", **copy.deepcopy(options))
 
-    def recorder(curve: list[dict[str, float]], path: Path | None) -> Callable[[int, list[float], CQL], None]:
+    def recorder(
+        curve: list[dict[str, float]], path: Path | None
+    ) -> Callable[[int, list[float], ConservativeActorCritic], None]:
         start = time.time()
 
-        def record(step: int, returns: list[float], trained: CQL) -> None:
+        def record(step: int, returns: list[float], trained: ConservativeActorCritic) -> None:
             logged = trained.logger.name_to_value
             trained._record_metrics()
             curve.append(

@@ -32,7 +32,11 @@ class CQLTQC(ConservativeActorCritic, TQC):
         return pooled[:, :, : pooled.shape[2] - self.top_quantiles_to_drop_per_net * outputs.shape[0]]
 
     def _q_values(self, outputs: th.Tensor) -> th.Tensor:
-        return self._kept(outputs).mean(dim=2).unsqueeze(0)
+        pooled = outputs.permute(1, 2, 0, 3).flatten(2)
+        n_dropped = self.top_quantiles_to_drop_per_net * outputs.shape[0]
+        # Without sorting all of them for a mean: of all but the largest.
+        kept = pooled.sum(dim=2) - pooled.topk(n_dropped, dim=2, sorted=False).values.sum(dim=2)
+        return (kept / (pooled.shape[2] - n_dropped)).unsqueeze(0)
 
     def _bellman_error(self, outputs: th.Tensor, target: th.Tensor) -> th.Tensor:
         # Twice, since the loss of the critics is halved as a whole.
