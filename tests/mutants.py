@@ -17,13 +17,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LOSSES, CQL, RETURNS, BUFFERS = (
+LOSSES, ACTOR_CRITIC, RETURNS, BUFFERS = (
     "cql_plugins/losses.py",
-    "cql_plugins/sb3/cql.py",
+    "cql_plugins/sb3/actor_critic.py",
     "cql_plugins/returns.py",
     "cql_plugins/sb3/buffers.py",
 )
 D3RLPY = "cql_plugins/d3rlpy/"
+Q_LEARNING, QRDQN, TQC = (f"cql_plugins/sb3/{name}.py" for name in ("q_learning", "qrdqn", "tqc"))
 FRAMES, SHARED, STORAGE = "adapters/frames.py", "cql_plugins/sb3/shared_buffer.py", "adapters/_storage.py"
 SOFT_MAXIMUM = "    return temperature * th.logsumexp(logits, dim=2)"
 
@@ -76,9 +77,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "temperature-inside-only": (LOSSES, SOFT_MAXIMUM, "    return th.logsumexp(logits, dim=2)"),
     # Around it.
     "next-actions-at-next-states": (
-        CQL,
-        "critic_q_values(self.critic, batch.observations, actions),",
-        "critic_q_values(self.critic, batch.next_observations, actions),",
+        ACTOR_CRITIC,
+        "_critic_outputs(self.critic, batch.observations, actions)",
+        "_critic_outputs(self.critic, batch.next_observations, actions)",
     ),
     "clamped-density": (
         LOSSES,
@@ -86,7 +87,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "log_jacobian = th.log(1 - th.tanh(pre_tanh) ** 2 + 1e-6)",
     ),
     "un-halved": (LOSSES, "    return scale * loss", "    return loss"),
-    "entropy-always-in-the-target": (CQL, "        if self.backup_entropy:", "        if True:"),
+    "entropy-always-in-the-target": (ACTOR_CRITIC, "        if self.backup_entropy:", "        if True:"),
     "gradient-through-the-bound": (
         LOSSES,
         "th.where(bounded, reference, q_values)",
@@ -103,6 +104,23 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "        self.returns_to_go[row] = reward",
     ),
     "lagrange-direction": (LOSSES, "return -(lagrange_multiplier", "return (lagrange_multiplier"),
+    # The other bases.
+    "discrete-gap-subtracted": (Q_LEARNING, "loss = bellman_loss + weight * gap", "loss = bellman_loss - weight * gap"),
+    "discrete-not-calibrated": (Q_LEARNING, "        return batch.returns_to_go", "        return None"),
+    "quantiles-not-summed": (QRDQN, "sum_over_quantiles=True", "sum_over_quantiles=False"),
+    "double-q-by-the-target": (
+        Q_LEARNING,
+        "self._quantiles(network, observations) if self.double_q",
+        "quantiles if self.double_q",
+    ),
+    "targets-stand-still-offline": (Q_LEARNING, "if self._is_offline_phase and", "if False and"),
+    "random-actions-after-offline": (Q_LEARNING, "        if self._n_offline_steps:", "        if False:"),
+    "all-quantiles-kept": (TQC, "n_dropped = self.top_quantiles_to_drop_per_net * outputs.shape[0]", "n_dropped = 0"),
+    "smallest-quantiles-dropped": (
+        TQC,
+        "pooled.topk(n_dropped, dim=2, sorted=False)",
+        "pooled.topk(n_dropped, dim=2, largest=False)",
+    ),
     # The d3rlpy room and the bridge.
     "discrete-gap-of-the-mean": (
         LOSSES,
@@ -177,6 +195,8 @@ def survives(name: str) -> bool:
         if path.startswith((D3RLPY, "adapters/models")):
             tests = [f"tests/d3rlpy/test_{topic}.py" for topic in ("parity", "buffers", "online", "wrapping", "ddp")]
             tests.append("tests/adapters/test_models.py")
+        if path in (Q_LEARNING, QRDQN, TQC):
+            tests = ["tests/sb3/test_bases.py"]
         if path in (FRAMES, SHARED, STORAGE):
             tests = [f"tests/adapters/test_{topic}.py" for topic in ("frames", "shared", "storage")]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]

@@ -72,10 +72,20 @@ class TestImportCost:
         hidden = f"import sys; sys.modules['{absent}'] = None"
         loaded_by(f"{hidden}\nimport cql_plugins.{room}, cql_plugins.adapters; cql_plugins.{room}.CalQL", tmp_path)
 
-    def test_a_missing_d3rlpy_is_named_with_the_line_that_installs_it(self, tmp_path: Path) -> None:
-        code = "import sys; sys.modules['d3rlpy'] = None\nimport cql_plugins.d3rlpy"
+    @pytest.mark.parametrize(
+        ("absent", "statement", "extra"),
+        [
+            ("d3rlpy", "import cql_plugins.d3rlpy", "d3rlpy"),
+            ("sb3_contrib", "from cql_plugins.sb3 import CQLTQC", "contrib"),
+            ("sb3_contrib", "from cql_plugins.sb3 import CalQLQRDQN", "contrib"),
+        ],
+    )
+    def test_a_missing_host_is_named_with_the_line_that_installs_it(
+        self, absent: str, statement: str, extra: str, tmp_path: Path
+    ) -> None:
+        code = f"import sys; sys.modules['{absent}'] = None\n{statement}"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert 'pip install "cql-plugins[d3rlpy]"' in done.stderr
+        assert f'pip install "cql-plugins[{extra}]"' in done.stderr
 
     def test_rooms_import_where_no_extra_is_installed(self, tmp_path: Path) -> None:
         """What `pip install cql-plugins` alone must be able to import."""
