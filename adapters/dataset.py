@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from cql_plugins._nested import flatten_space, flatten_tree, is_nested
 from cql_plugins.adapters._tree import Array, Observations, map_leaves, read_only
 from cql_plugins.adapters._validation import (
     DatasetError,
@@ -503,6 +504,21 @@ class OfflineDataset:
             next_observations=map_leaves(lambda leaf: leaf[at + 1], self._observations),
             terminations=self._terminations[rows_],
             truncations=self._truncations[rows_],
+        )
+
+    def flatten_observations(self) -> "OfflineDataset":
+        """Give each leaf of nested dict observations a key of its own, `"desired_goal/microwave"`.
+
+        Returns:
+            A data set that shares every array; this one where observations are not nested.
+
+        Raises:
+            ValueError: If two leaves would have one key.
+        """
+        if not is_nested(self._observation_space):
+            return self
+        return self._replaced(
+            observations=flatten_tree(self._observations), observation_space=flatten_space(self._observation_space)
         )
 
     # Rewards and returns ----------------------------------------------------------------------------------------------
