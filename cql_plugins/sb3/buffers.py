@@ -374,7 +374,7 @@ class HindsightReturnsMixin(ReturnsToGoMixin, HerReplayBuffer):  # type: ignore[
         """
         if self.env is None:
             raise ValueError("HerReplayBuffer has no environment to compute rewards with; call set_env(env) first.")
-        infos = [dict(info) for info in self.infos[rows, columns]] if self.copy_info_dict else [{} for _ in rows]
+        infos = [dict(info) for info in self.infos[rows, columns]] if self.copy_info_dict else [{}] * len(rows)
         achieved = self.next_observations["achieved_goal"][rows, columns]
         # SB3, too, asks the first environment for all.
         rewards = np.asarray(self.env.env_method("compute_reward", achieved, goals, infos, indices=[0])[0], dtype=np.float32)
