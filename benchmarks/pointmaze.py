@@ -232,17 +232,16 @@ def train(arguments: argparse.Namespace) -> None:
 
         return record
 
+    command = {
+        key: str(value) for key, value in vars(arguments).items() if key not in ("results", "checkpoints", "data", "run")
+    }
     if checkpoint.exists() and result_path.exists():
-        result = json.loads(result_path.read_text())
-        result["online"] = []
+        result = json.loads(result_path.read_text()) | {"command": command, "online": []}
         model = CalQL.load(checkpoint, env=env, device="cpu")
         print(f"{name}: goes on after {model._n_offline_steps} gradient steps", flush=True)
     else:
-        ours = {
-            key: str(value) for key, value in vars(arguments).items() if key not in ("results", "checkpoints", "data", "run")
-        }
         result = {
-            "command": ours,
+            "command": command,
             "commit": commit(),
             "versions": {
                 p: version(p)
