@@ -354,6 +354,8 @@ class HindsightReturnsMixin(ReturnsToGoMixin, HerReplayBuffer):  # type: ignore[
             self._returns_gamma,
             "none" if self._return_tail == "bootstrap" else self._return_tail,
             failure_reward=self._known_failure_reward(),
+            # SB3 takes an episode that a reset broke off and the next one for one.
+            cuts=self._cuts[rows_ahead, columns_ahead],
         )
         first_returns: NDArray[np.float32] = returns[first]
         return first_returns

@@ -360,6 +360,26 @@ def test_a_running_episode_is_not_relabelled(host: Any) -> None:
     assert not np.isin(last[1:], seen).any(), "the first row of each episode is the same"
 
 
+def test_an_episode_broken_off_by_a_reset_has_no_return(host: Any) -> None:
+    """SB3 joins it to the next one; the sum of both would be nobody's return."""
+    model = model_on(host.Corridor("goal", limit=6, start=0.0), learning_starts=10**6, return_tail="zero")
+    model.learn(3)
+    model.learn(12)
+    buffer = model.replay_buffer
+    assert not buffer.dones[:3].any()
+    assert buffer.ep_length[0, 0] > 6, "joined"
+    batch = buffer.sample(200)
+    rows = [
+        (buffer.observations["observation"][:, 0] == o).all(axis=-1).argmax() for o in batch.observations["observation"].numpy()
+    ]
+    broken_off = np.isin(rows, [1, 2])  # row 0 looks as all first rows do
+    whole = np.array(rows) > 3
+    returns = batch.returns_to_go[:, 0].numpy()
+    assert broken_off.any()
+    assert np.isneginf(returns[broken_off]).all()
+    assert np.isfinite(returns[whole]).all()
+
+
 @pytest.mark.parametrize("fraction", [0.25, 1.0])
 def test_offline_share_of_a_batch(host: Any, fraction: float) -> None:
     model = model_on(host.Corridor("goal"), learning_starts=10, offline_fraction=fraction, batch_size=40)
