@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from cql_plugins._nested import flatten_space, flatten_tree, is_nested
 from cql_plugins.adapters._tree import Array, Observations, map_leaves, read_only
 from cql_plugins.adapters._validation import (
     DatasetError,
@@ -603,6 +604,21 @@ class OfflineDataset:
         for key in chosen:
             leaves[key], subspaces[key] = change(leaves[key], subspaces[key], f"observations.{key}")
         return self._replaced(observations=leaves, observation_space=spaces.Dict(subspaces))
+
+    def flatten_observations(self) -> "OfflineDataset":
+        """Give each leaf of nested dict observations a key of its own, `"desired_goal/microwave"`.
+
+        Returns:
+            A data set that shares every array; this one where observations are not nested.
+
+        Raises:
+            ValueError: If two leaves would have one key.
+        """
+        if not is_nested(self._observation_space):
+            return self
+        return self._replaced(
+            observations=flatten_tree(self._observations), observation_space=flatten_space(self._observation_space)
+        )
 
     # Rewards and returns ----------------------------------------------------------------------------------------------
 

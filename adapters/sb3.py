@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from cql_plugins._nested import is_nested
 from cql_plugins.adapters._steps import Steps, dataset_from_steps
 from cql_plugins.adapters._tree import Array, is_mapped, map_leaves, named_leaves, row_blocks, row_nbytes
 from cql_plugins.adapters._validation import DatasetError, require_extra
@@ -35,7 +36,12 @@ def to_sb3(
     The buffer is a subclass of SB3's own (`ReplayBuffer`, `DictReplayBuffer`, or `NStepReplayBuffer` for `n_steps >
     1`), full, with one environment, and as SB3 fills it: actions scaled to [-1, 1] by the bounds of the model's action
     space, raw observations, `dones` at every end of an episode and `timeouts` at truncated ones. Channel-last images
-    are transposed where the model has them channel-first.
+    are transposed where the model has them channel-first. Nested dict observations are flattened, each leaf under a key
+    like "desired_goal/microwave", for a model or environment that is not nested (see `FlattenNestedObservation`).
+
+    Where the model was given SB3's `HerReplayBuffer` (or a subclass) the buffer is one, with the model's own
+    `replay_buffer_kwargs` and its environment for `compute_reward`: goals are relabelled when batches are sampled, and
+    relabelled transitions have the returns-to-go of their relabelled rewards.
 
     With `share` the observations stay where they are, in the data set's memory or file, and each batch is gathered from
     there: the same samples at less than half the memory, from a buffer that does not grow. Single frames are stacked,
@@ -60,7 +66,8 @@ def to_sb3(
         The buffer, with `returns_to_go` of shape `(len(dataset), 1)`.
 
     Raises:
-        DatasetError: If the data set does not fit the spaces, which are both printed, or SB3 has no buffer for them.
+        DatasetError: If the data set does not fit the spaces, which are both printed, or SB3 has no buffer for them; for
+            a model with hindsight, if there is no `compute_reward`, or if it does not give the data set's rewards.
         ImportError: If Stable-Baselines3 is not installed.
     """
     base = _buffer_base(dataset, model_or_env, n_steps := _setting(n_steps, model_or_env, "n_steps", 1))
@@ -68,7 +75,10 @@ def to_sb3(
     from cql_plugins.sb3.shared_buffer import shared_buffer_class
 
     observation_space, action_space = _spaces_of(model_or_env)
+    if not is_nested(observation_space):
+        dataset = dataset.flatten_observations()
     dataset = _stacked_to_fit(dataset, observation_space)
+    hindsight = _hindsight_arguments(dataset, model_or_env) if _is_hindsight(base) else {}
     _check_fit(dataset, observation_space, action_space)
     gamma = float(_setting(gamma, model_or_env, "gamma", 0.99))
     tail = _setting(return_tail, model_or_env, "return_tail", "zero")
@@ -76,7 +86,7 @@ def to_sb3(
     returns = None if tail == "bootstrap" else dataset.returns_to_go(gamma, tail)
     options: dict[str, Any] = {"n_steps": n_steps, "gamma": gamma} if n_steps > 1 else {}
     if share is None:
-        share = any(_is_worth_sharing(leaf) for _, leaf in named_leaves(dataset.observations, ""))
+        share = not hindsight and any(_is_worth_sharing(leaf) for _, leaf in named_leaves(dataset.observations, ""))
     if share:
         base = shared_buffer_class(base)
         options |= {"shared_observations": dataset.observations, "offsets": dataset.offsets}
@@ -87,6 +97,7 @@ def to_sb3(
         device=_setting(device, model_or_env, "device", "auto"),
         n_envs=1,
         **options,
+        **hindsight,
     )
     buffer.configure_returns(gamma, tail)
     if not share:
@@ -97,6 +108,8 @@ def to_sb3(
     np.copyto(buffer.timeouts[:, 0], dataset.truncations)
     buffer.returns_to_go[:, 0] = -np.inf if returns is None else returns
     buffer.mark_full()
+    if hindsight and (problem := buffer.reward_mismatch()):  # type: ignore[attr-defined]
+        raise DatasetError(problem, source=dataset.name or "OfflineDataset", field="rewards")
     return buffer
 
 
@@ -133,13 +146,42 @@ def _buffer_base(dataset: OfflineDataset, model_or_env: Any, n_steps: int) -> "t
                 f"Stable-Baselines3 has no n-step buffer for dict observations, got n_steps={n_steps}",
                 hint="Use n_steps=1",
             )
-        return DictReplayBuffer
+        own = getattr(model_or_env, "replay_buffer_class", None)
+        return own if own is not None and _is_hindsight(own) else DictReplayBuffer
     return NStepReplayBuffer if n_steps > 1 else ReplayBuffer
 
 
 def _is_worth_sharing(leaf: Any) -> bool:
     """Tell whether copies of these observations would cost much memory."""
     return isinstance(leaf, StackedFrames) or is_mapped(leaf) or (leaf.dtype == np.uint8 and leaf.ndim >= 3)
+
+
+def _is_hindsight(base: Any) -> bool:
+    from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+    return issubclass(base, HerReplayBuffer)
+
+
+def _hindsight_arguments(dataset: OfflineDataset, model: Any) -> dict[str, Any]:
+    """Collect what a hindsight buffer needs beside spaces: the model's options, and its environment for the rewards."""
+    source = dataset.name or "OfflineDataset"
+    if missing := {"observation", "achieved_goal", "desired_goal"} - set(dataset.observation_space):  # type: ignore[call-overload]
+        raise DatasetError(
+            f"hindsight relabelling (HerReplayBuffer) needs the keys observation, achieved_goal and desired_goal at the top "
+            f"level; {sorted(missing)} are missing in {dataset.observation_space}",
+            source=source,
+            field="observations",
+            hint="Build the model without replay_buffer_class=HerReplayBuffer to train on these observations as they are",
+        )
+    if model.env is None or not model.env.has_attr("compute_reward"):
+        raise DatasetError(
+            "hindsight relabelling (HerReplayBuffer) needs an environment with compute_reward(achieved_goal, desired_goal, "
+            f"info); the model has {'no environment' if model.env is None else model.env}",
+            source=source,
+            hint="Give the model the goal environment, or build it without replay_buffer_class=HerReplayBuffer",
+        )
+    # The log has no infos to copy.
+    return {**model.replay_buffer_kwargs, "env": model.env, "copy_info_dict": False}
 
 
 # Fit ------------------------------------------------------------------------------------------------------------------
@@ -232,7 +274,12 @@ def _is_transposed(own: spaces.Box, target: spaces.Box) -> bool:
 
 def _nested(space: spaces.Space[Any]) -> str | None:
     nested = isinstance(space, spaces.Dict) and any(isinstance(s, spaces.Dict | spaces.Tuple) for s in space.values())
-    return "Stable-Baselines3 has no buffer for nested dict observations, flatten them first" if nested else None
+    return (
+        "Stable-Baselines3 has no buffer for nested dict observations, wrap the environment in "
+        "cql_plugins.sb3.FlattenNestedObservation"
+        if nested
+        else None
+    )
 
 
 def _degenerate_bounds(space: spaces.Space[Any]) -> str | None:

@@ -103,6 +103,24 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "        self.returns_to_go[row] = -np.inf",
         "        self.returns_to_go[row] = reward",
     ),
+    "hindsight-keeps-the-logged-return": (BUFFERS, "samples.actions[:, -1] = self.to_torch(returns)", "pass"),
+    "hindsight-keeps-the-logged-goal": (
+        BUFFERS,
+        "np.repeat(goals, remaining, axis=0))",
+        'self.next_observations["desired_goal"][rows_ahead, columns_ahead])',
+    ),
+    "hindsight-sums-the-whole-episode": (
+        BUFFERS,
+        "done_steps = (rows - self.ep_start[rows, columns]) % self.buffer_size",
+        "rows = self.ep_start[rows, columns]\n        done_steps = 0",
+    ),
+    "hindsight-terminates-everywhere": (
+        BUFFERS,
+        "terminations[last], truncations[last] = ~truncated, truncated",
+        "terminations[last] = True",
+    ),
+    "hindsight-joins-what-a-reset-broke-off": (BUFFERS, "cuts=self._cuts[rows_ahead, columns_ahead],", "cuts=None,"),
+    "hindsight-in-two-units": (BUFFERS, "        if not wrong.any():", "        if True:"),
     "lagrange-direction": (LOSSES, "return -(lagrange_multiplier", "return (lagrange_multiplier"),
     # The other bases.
     "discrete-gap-subtracted": (Q_LEARNING, "loss = bellman_loss + weight * gap", "loss = bellman_loss - weight * gap"),
@@ -192,6 +210,8 @@ def survives(name: str) -> bool:
             raise SystemExit(f"mutant {name}: found its text {source.count(old)} times in {path}, expected once")
         (copy / path).write_text(source.replace(old, new), encoding="utf-8")
         tests = ["tests/test_losses.py", "tests/test_returns.py", "tests/sb3/test_update.py", "tests/sb3/test_buffers.py"]
+        if name.startswith("hindsight"):
+            tests = ["tests/sb3/test_hindsight.py"]
         if path.startswith((D3RLPY, "adapters/models")):
             tests = [f"tests/d3rlpy/test_{topic}.py" for topic in ("parity", "buffers", "online", "wrapping", "ddp")]
             tests.append("tests/adapters/test_models.py")

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import gymnasium_robotics
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -93,6 +95,33 @@ def door(minari_home: Path) -> None:
         observation_space=spaces.Box(-np.inf, np.inf, (39,), np.float64),
         action_space=spaces.Box(-1, 1, (28,), np.float32),
     ).to_minari("D4RL/door/human-v2")
+
+
+@pytest.fixture(autouse=True)
+def pointmaze(minari_home: Path) -> None:
+    """A stand-in for PointMaze's set: random actions in the environment itself, since rewards have to be those of its goals."""
+    gym.register_envs(gymnasium_robotics)
+    env = gym.make("PointMaze_UMaze-v3", max_episode_steps=10)
+    env.action_space.seed(0)
+    steps = []
+    observation, _ = env.reset(seed=0)
+    for _ in range(20):
+        action = env.action_space.sample()
+        following, reward, _, truncated, _ = env.step(action)
+        steps.append((observation, action, reward, truncated, following))
+        observation = env.reset()[0] if truncated else following
+    before, actions, rewards, truncations, after = zip(*steps, strict=True)
+    from_arrays(
+        {key: np.stack([o[key] for o in before]) for key in env.observation_space},
+        np.stack(actions),
+        np.array(rewards),
+        np.zeros(20, dtype=bool),
+        np.array(truncations),
+        next_observations={key: np.stack([o[key] for o in after]) for key in env.observation_space},
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+    ).to_minari("D4RL/pointmaze/umaze-v2")
+    env.close()
 
 
 @pytest.mark.parametrize("chain", [pytest.param(c, id=f"line-{c[0].line}") for c in chains(parse(README.read_text("utf-8")))])

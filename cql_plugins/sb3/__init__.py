@@ -9,6 +9,7 @@ import_quietly()
 
 from cql_plugins.sb3.cql import CQL, CalQL  # noqa: E402
 from cql_plugins.sb3.dqn import DiscreteCalQL, DiscreteCQL  # noqa: E402
+from cql_plugins.sb3.wrappers import FlattenNestedObservation, ScaleReward  # noqa: E402
 
 if TYPE_CHECKING:
     from cql_plugins.sb3.qrdqn import CQLQRDQN, CalQLQRDQN
@@ -23,6 +24,8 @@ __all__ = [
     "CalQLTQC",
     "DiscreteCQL",
     "DiscreteCalQL",
+    "FlattenNestedObservation",
+    "ScaleReward",
 ]
 
 _CONTRIB = {"CQLQRDQN": "qrdqn", "CalQLQRDQN": "qrdqn", "CQLTQC": "tqc", "CalQLTQC": "tqc"}

@@ -6,6 +6,7 @@ indices as the rest of a transition, at next to no cost, in every one of its buf
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.type_aliases import TensorDict
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from cql_plugins.returns import ReturnTail, returns_to_go
 
@@ -31,7 +33,7 @@ class ReturnsToGoSamples(NamedTuple):
 
     Attributes:
         returns_to_go: ``G(s)`` of each transition, shape ``(batch_size, 1)``, in the units of ``rewards``; ``-inf`` where it is
-            not known (a running episode, a relabelled goal, a tail that is ``none``).
+            not known (a running episode, a tail that is ``none``).
     """
 
     observations: th.Tensor | TensorDict
@@ -148,19 +150,22 @@ class ReturnsToGoMixin(ReplayBuffer):
             if tail_values is None or len(tail_values) != truncations.sum():
                 # The value of an end is not known before the algorithm has estimated it.
                 tail, tail_values = "none", None
-        failure_reward = self.failure_reward
-        if tail == "sparse" and failure_reward is None:
-            failure_reward = float(self.rewards[: self.size()].min())
         return returns_to_go(
             np.clip(self.rewards[rows, columns], -self._reward_limit, self._reward_limit),
             terminations,
             truncations,
             self._returns_gamma,
             tail,
-            failure_reward=failure_reward,
+            failure_reward=self._known_failure_reward(),
             tail_values=tail_values,
             cuts=self._cuts[rows, columns],
         )
+
+    def _known_failure_reward(self) -> float | None:
+        """The reward of a step without success, where the tail asks for it."""
+        if self._return_tail == "sparse" and self.failure_reward is None:
+            return float(self.rewards[: self.size()].min())
+        return self.failure_reward
 
     def _rows_in_order(self) -> NDArray[np.int64]:
         """Stored rows, oldest first."""
@@ -242,12 +247,6 @@ class ReturnsToGoMixin(ReplayBuffer):
             returns if scale == 1.0 else returns / scale,
         )
 
-    def _get_virtual_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Hindsight relabelling (``HerReplayBuffer``) changes the rewards, so the return is no longer known."""
-        samples = super()._get_virtual_samples(*args, **kwargs)  # type: ignore[misc]
-        samples.actions[:, -1] = -np.inf
-        return samples
-
     # Pickling: the two views would be saved as copies, and the class is made on demand ---------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
@@ -265,8 +264,164 @@ class ReturnsToGoMixin(ReplayBuffer):
         self._bind_views()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        base = type(self).__mro__[2]
+        base = type(self).__bases__[1]
         return _empty_buffer, (base,), self.__getstate__()
+
+
+class HindsightReturnsMixin(ReturnsToGoMixin, HerReplayBuffer):  # type: ignore[misc]
+    """Returns-to-go for SB3's ``HerReplayBuffer``: those of a relabelled transition are summed from its relabelled rewards.
+
+    For each virtual transition the rewards from its step to the end of its episode are computed again with the new goal, by the
+    environment's own ``compute_reward`` in one call for the whole batch. Terminations stay the stored ones, as everywhere in
+    SB3's HER. With the ``sparse`` tail a remainder whose every relabelled reward is the failure reward never ends; with
+    ``bootstrap`` the value of a truncated end under the new goal is not known, so that the return is ``-inf`` there.
+    """
+
+    def _init_returns(self) -> None:
+        super()._init_returns()
+        self._new_goals: NDArray[Any] | None = None
+        self._rewards_were_checked = False
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """Store one step of each environment; warn once where ``compute_reward`` does not give the rewards of an episode."""
+        row = self.pos
+        super().add(*args, **kwargs)
+        if not self._rewards_were_checked and self.dones[row].any():
+            self._rewards_were_checked = True
+            if problem := self.reward_mismatch():
+                warnings.warn(problem, stacklevel=2)
+
+    def mark_full(self) -> None:
+        """Say that every row was written from outside, in blocks and in the order of time; ``dones`` say where episodes end."""
+        super().mark_full()
+        self.ep_length[:] = 0
+        for column in range(self.n_envs):
+            ends = np.flatnonzero(self.dones[:, column] > 0)
+            starts = np.concatenate(([0], ends[:-1] + 1))
+            lengths = np.diff(ends, prepend=-1)
+            rows = slice(0, int(lengths.sum()))
+            self.ep_start[rows, column] = np.repeat(starts, lengths)
+            self.ep_length[rows, column] = np.repeat(lengths, lengths)
+        self._current_ep_start[:] = 0
+
+    # Relabelling -----------------------------------------------------------------------------------------------------
+
+    def _sample_goals(self, batch_indices: np.ndarray, env_indices: np.ndarray) -> np.ndarray:
+        """Sample goals as SB3 does, and keep them for the returns: SB3 hands back normalised ones only."""
+        self._new_goals = super()._sample_goals(batch_indices, env_indices)
+        return self._new_goals
+
+    def _get_virtual_samples(
+        self, batch_indices: np.ndarray, env_indices: np.ndarray, env: VecNormalize | None = None
+    ) -> DictReplayBufferSamples:
+        samples = super()._get_virtual_samples(batch_indices, env_indices, env)
+        goals, self._new_goals = self._new_goals, None
+        if len(batch_indices):
+            assert goals is not None
+            returns = self._relabelled_returns(batch_indices, env_indices, goals, _reward_limit(env))
+            samples.actions[:, -1] = self.to_torch(returns)
+        return samples
+
+    def _relabelled_returns(
+        self, rows: NDArray[np.int64], columns: NDArray[np.int64], goals: NDArray[Any], limit: float
+    ) -> NDArray[np.float32]:
+        """Compute the returns-to-go of transitions under new goals.
+
+        Args:
+            rows: Row of each transition, shape ``(B,)``; its episode has ended.
+            columns: Environment of each transition, shape ``(B,)``.
+            goals: New desired goals, shape ``(B, ...)``, not normalised.
+            limit: Where ``VecNormalize`` clips rewards, in their own units.
+
+        Returns:
+            Shape ``(B,)``.
+        """
+        done_steps = (rows - self.ep_start[rows, columns]) % self.buffer_size
+        remaining = self.ep_length[rows, columns] - done_steps
+        last = np.cumsum(remaining) - 1
+        first = last - remaining + 1
+        ahead = np.arange(last[-1] + 1) - np.repeat(first, remaining)
+        rows_ahead = (np.repeat(rows, remaining) + ahead) % self.buffer_size
+        columns_ahead = np.repeat(columns, remaining)
+        rewards = self._goal_rewards(rows_ahead, columns_ahead, np.repeat(goals, remaining, axis=0))
+        truncated = self.timeouts[rows_ahead[last], columns_ahead[last]] > 0
+        terminations, truncations = np.zeros((2, len(rewards)), dtype=bool)
+        terminations[last], truncations[last] = ~truncated, truncated
+        returns = returns_to_go(
+            np.clip(rewards, -limit, limit),
+            terminations,
+            truncations,
+            self._returns_gamma,
+            "none" if self._return_tail == "bootstrap" else self._return_tail,
+            failure_reward=self._known_failure_reward(),
+            # SB3 takes an episode that a reset broke off and the next one for one.
+            cuts=self._cuts[rows_ahead, columns_ahead],
+        )
+        first_returns: NDArray[np.float32] = returns[first]
+        return first_returns
+
+    def _goal_rewards(self, rows: NDArray[np.int64], columns: NDArray[np.int64], goals: NDArray[Any]) -> NDArray[np.float32]:
+        """Compute the rewards of transitions for given goals by the environment's ``compute_reward``, in one call.
+
+        Args:
+            rows: Shape ``(n,)``.
+            columns: Shape ``(n,)``.
+            goals: Desired goals, shape ``(n, ...)``.
+
+        Returns:
+            Shape ``(n,)``, at the precision of stored rewards.
+
+        Raises:
+            ValueError: If ``compute_reward`` does not give one reward for each goal.
+        """
+        if self.env is None:
+            raise ValueError("HerReplayBuffer has no environment to compute rewards with; call set_env(env) first.")
+        infos = [dict(info) for info in self.infos[rows, columns]] if self.copy_info_dict else [{}] * len(rows)
+        achieved = self.next_observations["achieved_goal"][rows, columns]
+        # SB3, too, asks the first environment for all.
+        rewards = np.asarray(self.env.env_method("compute_reward", achieved, goals, infos, indices=[0])[0], dtype=np.float32)
+        if rewards.shape != (len(rows),):
+            raise ValueError(
+                f"compute_reward must be vectorised for hindsight relabelling: expected {len(rows)} rewards of shape "
+                f"({len(rows)},), got shape {rewards.shape}. Let it reduce over the last axis of the goals only."
+            )
+        return rewards
+
+    def reward_mismatch(self, n_rows: int = 1000) -> str | None:
+        """Compare stored rewards with ``compute_reward`` of the stored goals, on rows spread over all finished episodes.
+
+        Relabelled and stored rewards would otherwise be in different units in one batch. Both the goal seen before the step and
+        the one seen after it may explain a reward: environments that hand out a new goal at success differ in which of the two
+        they paid for.
+
+        Args:
+            n_rows: How many rows to compare; those of the smallest and of the largest reward are among them.
+
+        Returns:
+            What is wrong, with the numbers; ``None`` where nothing is.
+        """
+        valid = np.flatnonzero(self.ep_length > 0)
+        if not len(valid):
+            return None
+        paid = self.rewards.reshape(-1)[valid]
+        spread = np.linspace(0, len(valid) - 1, min(n_rows, len(valid))).astype(np.int64)
+        chosen = valid[np.unique(np.concatenate((spread, [paid.argmin(), paid.argmax()])))]
+        rows, columns = np.unravel_index(chosen, self.ep_length.shape)
+        stored = self.rewards[rows, columns]
+        after, before = (
+            self._goal_rewards(rows, columns, observations["desired_goal"][rows, columns])
+            for observations in (self.next_observations, self.observations)
+        )
+        wrong = ~(np.isclose(after, stored, rtol=1e-4, atol=1e-5) | np.isclose(before, stored, rtol=1e-4, atol=1e-5))
+        if not wrong.any():
+            return None
+        example = int(np.flatnonzero(wrong)[0])
+        return (
+            f"{int(wrong.sum())} of {len(chosen)} stored rewards are not what the environment's compute_reward gives for the "
+            f"stored goals: at row {int(rows[example])} the stored reward is {float(stored[example]):g}, compute_reward gives "
+            f"{float(after[example]):g}. Relabelled rewards would be in other units than stored ones. Where rewards were "
+            "scaled and shifted, wrap the environment in cql_plugins.sb3.ScaleReward(env, scale, shift) with the same numbers."
+        )
 
 
 def _reward_scale(env: VecNormalize | None) -> float:
@@ -300,7 +455,8 @@ def returns_to_go_buffer_class(base: type[ReplayBuffer]) -> type[ReturnsToGoMixi
     """
     if issubclass(base, ReturnsToGoMixin):
         return base
-    return type(f"ReturnsToGo{base.__name__}", (ReturnsToGoMixin, base), {"__module__": __name__, "__doc__": base.__doc__})
+    mixin = HindsightReturnsMixin if issubclass(base, HerReplayBuffer) else ReturnsToGoMixin
+    return type(f"ReturnsToGo{base.__name__}", (mixin, base), {"__module__": __name__, "__doc__": base.__doc__})
 
 
 def with_returns_to_go(

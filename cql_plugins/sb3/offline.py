@@ -29,6 +29,7 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from cql_plugins._nested import flatten_space
 from cql_plugins.returns import discounted_suffix_sum
 from cql_plugins.sb3.buffers import ReturnsToGoMixin
 from cql_plugins.sb3.metrics import MetricsMean
@@ -186,7 +187,8 @@ class OfflineMixin(OffPolicyAlgorithm):
         if kwargs.get("env") is not None:
             raise ValueError(f"from_dataset takes no env; use {cls.__name__}(policy, env) and learn_offline(dataset) instead.")
         kwargs.pop("env", None)
-        observation_space, action_space = _channels_first(dataset.observation_space), dataset.action_space
+        observation_space = _channels_first(flatten_space(dataset.observation_space))
+        action_space = dataset.action_space
         check_for_nested_spaces(observation_space)
         if policy is None:
             policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
