@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import os
 import platform
 import time
@@ -35,22 +34,15 @@ from train import commit, use_bf16_hidden_layers
 
 from cql_plugins.adapters import OfflineDataset, from_arrays, from_minari
 from cql_plugins.sb3 import CalQL, ScaleReward
+from cql_plugins.sb3.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pointmaze"
 DATASET = "cql-plugins/pointmaze-umaze-waypoints-v0"
 ENV = "PointMaze_UMaze-v3"
-SCALE, SHIFT = 10.0, -5.0
-PRESET: dict[str, Any] = {  # AntMaze, Nakamoto et al. 2023
-    "cql_alpha": 5.0,
-    "cql_lagrange_threshold": 0.8,
-    "cql_clip_diff": (-200.0, math.inf),
-    "max_q_backup": True,
-    "actor_learning_rate": 1e-4,
-    "return_tail": "sparse",
-    "offline_fraction": 0.5,
-    "policy_kwargs": {"net_arch": {"pi": [256, 256], "qf": [256, 256, 256, 256]}},
-}
+FAMILY = PRESETS["antmaze"]
+SCALE, SHIFT = FAMILY.reward_scale, FAMILY.reward_shift
+PRESET = FAMILY.arguments(CalQL)
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "hindsight": {
