@@ -223,12 +223,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="offline gradient steps")
     parser.add_argument("--online", type=int, help="environment steps")
     parser.add_argument("--algorithms", nargs="*", choices=ALGORITHMS, default=list(ALGORITHMS))
+    parser.add_argument("--cql-alpha", type=float, help="another weight than the task's")
+    parser.add_argument("--name", help="of the file of results; the task's where not given")
     parser.add_argument("--eval-episodes", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     th.set_num_threads(arguments.threads)
     task = TASKS[arguments.task]
+    if arguments.cql_alpha is not None:
+        task = task | {"alpha": dict.fromkeys(task["alpha"], arguments.cql_alpha)}
     steps = arguments.steps or task["steps"]
     online = task["online"] if arguments.online is None else arguments.online
 
@@ -245,7 +249,7 @@ def main() -> None:
     versions = {package: version(package) for package in ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "numpy")}
     command = {key: value for key, value in vars(arguments).items() if key != "results"} | {"steps": steps, "online": online}
     record = {"command": command, "versions": versions, "python": platform.python_version(), "logs": logs, "runs": runs}
-    (arguments.results / f"{arguments.task}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (arguments.results / f"{arguments.name or arguments.task}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     log_mean = np.mean([np.mean(returns) for returns in logs.values()])
     print(f"\nThe log: mean return {log_mean:.3g}, {task['episodes']} episodes a seed\n")
