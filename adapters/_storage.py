@@ -268,7 +268,10 @@ def stored(
         cache.mkdir(parents=True, exist_ok=True)
         with _folder_beside(place) as folder:
             columns = ColumnFiles(folder, origin.name)
-            dataset, notes = read(columns)
+            try:
+                dataset, notes = read(columns)
+            except OSError as error:
+                raise DatasetError(f"expected a source that can be read: {error}", source=origin.name) from error
             _write(dataset, notes, state, columns)
             del dataset  # Mapped files cannot be renamed everywhere.
             _put_in_place(folder, place, state)

@@ -100,6 +100,8 @@ def to_sb3(
         **hindsight,
     )
     buffer.configure_returns(gamma, tail)
+    if hindsight and not hasattr(model_or_env, "return_tail"):
+        setattr(buffer, "sums_relabelled_rewards", False)  # noqa: B010 (HER's alone) CQL does not look at returns.
     if not share:
         _write_observations(dataset, buffer, observation_space)
     _write_actions(dataset, buffer, action_space)

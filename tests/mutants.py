@@ -24,7 +24,7 @@ LOSSES, ACTOR_CRITIC, RETURNS, BUFFERS = (
     "cql_plugins/sb3/buffers.py",
 )
 D3RLPY = "cql_plugins/d3rlpy/"
-Q_LEARNING, QRDQN, TQC = (f"cql_plugins/sb3/{name}.py" for name in ("q_learning", "qrdqn", "tqc"))
+Q_LEARNING, QRDQN, TQC, CONSERVATIVE = (f"cql_plugins/sb3/{name}.py" for name in ("q_learning", "qrdqn", "tqc", "conservative"))
 FRAMES, SHARED, STORAGE = "adapters/frames.py", "cql_plugins/sb3/shared_buffer.py", "adapters/_storage.py"
 SOFT_MAXIMUM = "    return temperature * th.logsumexp(logits, dim=2)"
 
@@ -121,6 +121,18 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "hindsight-joins-what-a-reset-broke-off": (BUFFERS, "cuts=self._cuts[rows_ahead, columns_ahead],", "cuts=None,"),
     "hindsight-in-two-units": (BUFFERS, "        if not wrong.any():", "        if True:"),
+    "tails-not-estimated-anew": (
+        "cql_plugins/sb3/conservative.py",
+        "self._tails_are_due or self._n_updates",
+        "self._n_updates",
+    ),
+    "resets-not-seen": (BUFFERS, "            self._find_breaks()", "            pass"),
+    "one-buffer-for-two-models": (
+        BUFFERS,
+        "buffer if buffer.has_settings(gamma, tail) else buffer.with_own_returns()",
+        "buffer",
+    ),
+    "failure-not-clipped": (BUFFERS, "float(np.clip(reward, -self._reward_limit, self._reward_limit))", "float(reward)"),
     "lagrange-direction": (LOSSES, "return -(lagrange_multiplier", "return (lagrange_multiplier"),
     # The other bases.
     "discrete-gap-subtracted": (Q_LEARNING, "loss = bellman_loss + weight * gap", "loss = bellman_loss - weight * gap"),
@@ -210,6 +222,7 @@ def survives(name: str) -> bool:
             raise SystemExit(f"mutant {name}: found its text {source.count(old)} times in {path}, expected once")
         (copy / path).write_text(source.replace(old, new), encoding="utf-8")
         tests = ["tests/test_losses.py", "tests/test_returns.py", "tests/sb3/test_update.py", "tests/sb3/test_buffers.py"]
+        tests.append("tests/sb3/test_buffers_again.py")
         if name.startswith("hindsight"):
             tests = ["tests/sb3/test_hindsight.py"]
         if path.startswith((D3RLPY, "adapters/models")):

@@ -94,7 +94,7 @@ class TestImportCost:
             *("pyarrow", "rich", "sb3_contrib", "tensorboard", "tqdm"),
         )
         hidden = f"import sys; sys.modules.update(dict.fromkeys({extras}))"  # None there makes an import fail
-        loaded_by(f"{hidden}\nimport cql_plugins.adapters, cql_plugins.sb3", tmp_path)
+        loaded_by(f"{hidden}\nimport cql_plugins.adapters, cql_plugins.sb3\nfrom cql_plugins.sb3 import *", tmp_path)
 
 
 class TestMetadata:

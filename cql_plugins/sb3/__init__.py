@@ -1,6 +1,7 @@
 """CQL and Cal-QL as Stable-Baselines3 algorithms, on SAC, DQN and sb3-contrib's QR-DQN and TQC."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from cql_plugins._gym import import_quietly
@@ -17,11 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CQL",
-    "CQLQRDQN",
-    "CQLTQC",
     "CalQL",
-    "CalQLQRDQN",
-    "CalQLTQC",
     "DiscreteCQL",
     "DiscreteCalQL",
     "FlattenNestedObservation",
@@ -30,6 +27,8 @@ __all__ = [
 
 _CONTRIB = {"CQLQRDQN": "qrdqn", "CalQLQRDQN": "qrdqn", "CQLTQC": "tqc", "CalQLTQC": "tqc"}
 """Class that needs sb3-contrib, module that has it."""
+if find_spec("sb3_contrib") is not None:
+    __all__ += ["CQLQRDQN", "CQLTQC", "CalQLQRDQN", "CalQLTQC"]
 
 
 def __getattr__(name: str) -> Any:

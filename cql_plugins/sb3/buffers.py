@@ -6,6 +6,7 @@ indices as the rest of a transition, at next to no cost, in every one of its buf
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -24,6 +25,8 @@ from cql_plugins.returns import ReturnTail, returns_to_go
 TailValueFunction = Callable[[Any], NDArray[np.floating[Any]]]
 """From the observations after the truncated ends to their values, in the units of the rewards the critic sees."""
 
+_BLOCK = 4096
+"""Rows that are compared at once."""
 _LIMIT_TOLERANCE = 0.01
 """How far VecNormalize's reward clip may drift before returns are summed again, as a share."""
 
@@ -78,6 +81,30 @@ class ReturnsToGoMixin(ReplayBuffer):
         stored = self.size()
         self.actions[:stored] = actions[:stored]
         self.returns_to_go[:stored] = -np.inf
+        if stored:
+            self._find_breaks()
+
+    def _find_breaks(self) -> None:
+        """Find, in rows that SB3's own buffer stored, where a record breaks off without an end, and what runs still.
+
+        A record breaks off where the observation after a step is not the next row's: ``learn`` resets the environments at
+        its start and says nothing of it to the buffer. With ``optimize_memory_usage`` that cannot be seen.
+        """
+        rows = self._rows_in_order()
+        ended = self.dones[rows] > 0
+        if not self.optimize_memory_usage:
+            after, before = self.next_observations, self.observations
+            pairs = [(after[key], before[key]) for key in after] if isinstance(after, dict) else [(after, before)]
+            for column in range(self.n_envs):
+                for start in range(0, len(rows) - 1, _BLOCK):
+                    block = rows[start : start + _BLOCK + 1]
+                    for following, own in pairs:
+                        differs = following[block[:-1], column] != own[block[1:], column]
+                        self._cuts[block[:-1], column] |= differs.reshape(len(differs), -1).any(axis=1)
+        self._cuts[rows] &= ~ended
+        for column in range(self.n_envs):
+            over = np.flatnonzero(ended[:, column] | self._cuts[rows, column])
+            self._running_length[column] = len(rows) - 1 - over[-1] if len(over) else len(rows)
 
     def _bind_views(self) -> None:
         self.actions = self._wide_actions[:, :, :-1]
@@ -92,6 +119,23 @@ class ReturnsToGoMixin(ReplayBuffer):
             failure_reward: The reward of a step without success, for the ``sparse`` tail; the smallest stored where ``None``.
         """
         self._returns_gamma, self._return_tail, self.failure_reward = gamma, tail, failure_reward
+
+    def has_settings(self, gamma: float, tail: ReturnTail) -> bool:
+        """Tell whether returns are summed like this already.
+
+        Args:
+            gamma: Discount factor.
+            tail: What follows a truncated end.
+        """
+        return (self._returns_gamma, self._return_tail) == (gamma, tail)
+
+    def with_own_returns(self) -> ReturnsToGoMixin:
+        """Get a buffer of the same rows whose returns-to-go are its own, for another model that trains on them."""
+        twin = copy.copy(self)
+        twin._wide_actions, twin._cuts = self._wide_actions.copy(), self._cuts.copy()
+        twin._running_length = self._running_length.copy()
+        twin._bind_views()
+        return twin
 
     # Storing ---------------------------------------------------------------------------------------------------------
 
@@ -162,10 +206,11 @@ class ReturnsToGoMixin(ReplayBuffer):
         )
 
     def _known_failure_reward(self) -> float | None:
-        """The reward of a step without success, where the tail asks for it."""
-        if self._return_tail == "sparse" and self.failure_reward is None:
-            return float(self.rewards[: self.size()].min())
-        return self.failure_reward
+        """The reward of a step without success as the critic sees it, where the tail asks for it."""
+        reward = self.failure_reward
+        if self._return_tail == "sparse" and reward is None:
+            reward = float(self.rewards[: self.size()].min())
+        return None if reward is None else float(np.clip(reward, -self._reward_limit, self._reward_limit))
 
     def _rows_in_order(self) -> NDArray[np.int64]:
         """Stored rows, oldest first."""
@@ -275,10 +320,14 @@ class HindsightReturnsMixin(ReturnsToGoMixin, HerReplayBuffer):  # type: ignore[
     environment's own ``compute_reward`` in one call for the whole batch. Terminations stay the stored ones, as everywhere in
     SB3's HER. With the ``sparse`` tail a remainder whose every relabelled reward is the failure reward never ends; with
     ``bootstrap`` the value of a truncated end under the new goal is not known, so that the return is ``-inf`` there.
+
+    Attributes:
+        sums_relabelled_rewards: Whether to sum them at all; without, relabelled transitions have ``-inf``, at SB3's own cost.
     """
 
     def _init_returns(self) -> None:
         super()._init_returns()
+        self.sums_relabelled_rewards = True
         self._new_goals: NDArray[Any] | None = None
         self._rewards_were_checked = False
 
@@ -316,7 +365,9 @@ class HindsightReturnsMixin(ReturnsToGoMixin, HerReplayBuffer):  # type: ignore[
     ) -> DictReplayBufferSamples:
         samples = super()._get_virtual_samples(batch_indices, env_indices, env)
         goals, self._new_goals = self._new_goals, None
-        if len(batch_indices):
+        if not self.sums_relabelled_rewards:
+            samples.actions[:, -1] = -np.inf
+        elif len(batch_indices):
             assert goals is not None
             returns = self._relabelled_returns(batch_indices, env_indices, goals, _reward_limit(env))
             samples.actions[:, -1] = self.to_torch(returns)
@@ -471,10 +522,10 @@ def with_returns_to_go(
         failure_reward: The reward of a step without success, for the ``sparse`` tail; the smallest stored where ``None``.
 
     Returns:
-        A buffer of a subclass of ``buffer``'s class; ``buffer`` itself where it carries returns-to-go already.
+        A buffer of a subclass of ``buffer``'s class; ``buffer`` itself where it carries these returns-to-go already.
     """
     if isinstance(buffer, ReturnsToGoMixin):
-        extended: ReturnsToGoMixin = buffer
+        extended: ReturnsToGoMixin = buffer if buffer.has_settings(gamma, tail) else buffer.with_own_returns()
     else:
         extended = _empty_buffer(type(buffer))
         extended.__dict__.update(buffer.__dict__)

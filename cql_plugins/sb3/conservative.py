@@ -146,12 +146,15 @@ class CalibratedMixin(ConservativeMixin):
         if return_tail not in RETURN_TAILS:
             raise ValueError(f"return_tail must be one of {RETURN_TAILS}; got {return_tail!r}.")
         self.return_tail: ReturnTail = return_tail
+        # Whether values after truncated ends are to be estimated at the next step: whatever was adopted anew has none.
+        self._tails_are_due = True
         super().__init__(*args, **kwargs)
 
-    def _setup_model(self) -> None:
-        super()._setup_model()
+    def _prepare_online_buffer(self) -> None:
+        super()._prepare_online_buffer()
         assert self.replay_buffer is not None
-        self.replay_buffer = with_returns_to_go(self.replay_buffer, self.gamma, self.return_tail)
+        self.replay_buffer = with_returns_to_go(self.replay_buffer, self.gamma, self.return_tail, self._failure_reward)
+        self._tails_are_due = True
 
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
         """Load a replay buffer; returns-to-go are computed where it was saved without them.
@@ -161,11 +164,16 @@ class CalibratedMixin(ConservativeMixin):
             truncate_last_traj: See SB3.
         """
         super().load_replay_buffer(path, truncate_last_traj)
-        assert self.replay_buffer is not None
-        self.replay_buffer = with_returns_to_go(self.replay_buffer, self.gamma, self.return_tail, self._failure_reward)
+        self._prepare_online_buffer()
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.replay_buffer, ReturnsToGoMixin):
+            self._prepare_online_buffer()  # One of SB3's own, assigned by hand.
+        return super()._setup_learn(*args, **kwargs)
 
     def _adopt_offline_buffer(self, buffer: ReplayBuffer) -> ReturnsToGoMixin:
         extended = with_returns_to_go(buffer, self.gamma, self.return_tail)
+        self._tails_are_due = True
         if self.return_tail == "sparse":
             # One failure reward for both phases: an online episode must not define its own.
             extended.failure_reward = float(extended.rewards[: extended.size()].min())
@@ -186,11 +194,22 @@ class CalibratedMixin(ConservativeMixin):
         Returns:
             The batch, ``returns_to_go`` set.
         """
-        if self.return_tail == "bootstrap" and self._n_updates % _BOOTSTRAP_INTERVAL == 0:
+        is_due = self._tails_are_due or self._n_updates % _BOOTSTRAP_INTERVAL == 0
+        if self.return_tail == "bootstrap" and is_due:
+            self._tails_are_due = False
             for buffer in (self.offline_buffer, self.replay_buffer):
                 if isinstance(buffer, ReturnsToGoMixin):
                     buffer.recompute_returns(self._target_values, self._vec_normalize_env)
-        return super().sample_batch(batch_size)
+        batch = super().sample_batch(batch_size)
+        if batch.returns_to_go is None:
+            raise ValueError(
+                "A batch has no returns-to-go: the replay buffer is one of SB3's own. Assign "
+                "cql_plugins.sb3.buffers.with_returns_to_go(buffer, model.gamma, model.return_tail), or call learn()."
+            )
+        return batch
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_tails_are_due"]
 
     @th.no_grad()
     def _target_values(self, observations: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import weakref
 from collections import deque
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -24,7 +25,7 @@ from stable_baselines3.common.preprocessing import (
     is_image_space_channels_first,
 )
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -111,6 +112,8 @@ class OfflineMixin(OffPolicyAlgorithm):
         self.offline_buffer = None
         self._metrics = MetricsMean()
         self._n_offline_steps = 0
+        # What the offline buffer was made of, so that the same is not made twice.
+        self._offline_source: tuple[Any, ...] | None = None
         # The count of environment steps while gradient steps are the clock.
         self._num_timesteps_online: int | None = None
         super().__init__(*args, **kwargs)
@@ -144,7 +147,14 @@ class OfflineMixin(OffPolicyAlgorithm):
                     )
         elif isinstance(dataset, OfflineData):
             tail = getattr(self, "return_tail", None)
+            source = (weakref.ref(dataset), self.env, self.gamma, tail, self.n_steps, self.device)
+            if self.offline_buffer is not None and self._offline_source == source:
+                self._fill_normalization()
+                return self
+            # Not both at once in memory.
+            self.offline_buffer = self._offline_source = None
             buffer = dataset.to_sb3(self, gamma=self.gamma, return_tail=tail, n_steps=self.n_steps)
+            self._offline_source = source
         else:
             raise TypeError(
                 "dataset must be an OfflineDataset (see cql_plugins.adapters.from_minari, from_d4rl, from_arrays) or an SB3 "
@@ -159,9 +169,12 @@ class OfflineMixin(OffPolicyAlgorithm):
             )
         buffer.device = self.device
         self.offline_buffer = self._adopt_offline_buffer(buffer)
-        if self._vec_normalize_env is not None:
-            fill_normalization(self._vec_normalize_env, self.offline_buffer)
+        self._fill_normalization()
         return self
+
+    def _fill_normalization(self) -> None:
+        if self._vec_normalize_env is not None and self.offline_buffer is not None:
+            fill_normalization(self._vec_normalize_env, self.offline_buffer)
 
     def _adopt_offline_buffer(self, buffer: ReplayBuffer) -> ReplayBuffer:
         """Prepare a buffer for training; a hook for algorithms that need more than SB3's columns."""
@@ -171,7 +184,8 @@ class OfflineMixin(OffPolicyAlgorithm):
     def from_dataset(cls: type[SelfOffline], dataset: Any, policy: Any = None, **kwargs: Any) -> SelfOffline:
         """Build a model with the dataset's spaces and no environment: for logged data with no simulator.
 
-        ``learn_offline``, ``predict``, ``save`` and ``load`` work; ``learn`` needs ``set_env`` first.
+        ``learn_offline``, ``predict``, ``save`` and ``load`` work; ``learn`` needs ``set_env`` first, and so do callbacks that
+        look at the training environment, such as SB3's ``EvalCallback``.
 
         Args:
             dataset: An ``OfflineDataset`` or an SB3 replay buffer; becomes the model's offline data.
@@ -196,6 +210,44 @@ class OfflineMixin(OffPolicyAlgorithm):
         model.observation_space, model.action_space, model.n_envs = observation_space, action_space, 1
         model._setup_without_env()
         return model.set_offline_data(dataset)
+
+    def _setup_model(self) -> None:
+        """Build the networks and the replay buffer, which has room for next to nothing while there is no environment."""
+        wanted = self.buffer_size
+        if self.env is None:
+            self.buffer_size = self.n_envs
+        try:
+            super()._setup_model()
+        finally:
+            self.buffer_size = wanted
+        self._buffer_waits_for_env = self.env is None
+        self._prepare_online_buffer()
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """Set the environment, see SB3; a model that was built without one gets its replay buffer now.
+
+        Args:
+            env: Environment.
+            force_reset: See SB3.
+        """
+        super().set_env(env, force_reset)
+        if self._buffer_waits_for_env and self.replay_buffer is not None and self.replay_buffer.size() == 0:
+            self._buffer_waits_for_env = False
+            assert self.replay_buffer_class is not None
+            assert isinstance(self.observation_space, spaces.Space)
+            self.replay_buffer = self.replay_buffer_class(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                n_envs=self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **self.replay_buffer_kwargs,
+            )
+            self._prepare_online_buffer()
+
+    def _prepare_online_buffer(self) -> None:
+        """Prepare a new replay buffer for training; a hook for algorithms that need more than SB3's columns."""
 
     def _setup_without_env(self) -> None:
         """Build the networks from the spaces that were set; a hook for algorithms that read more from their environment."""
@@ -382,7 +434,7 @@ class OfflineMixin(OffPolicyAlgorithm):
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "offline_buffer", "_metrics"]
+        return [*super()._excluded_save_params(), "offline_buffer", "_offline_source", "_metrics"]
 
 
 def merged_signature(cls: type) -> inspect.Signature:

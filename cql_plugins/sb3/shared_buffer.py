@@ -52,9 +52,9 @@ class SharedObservations:
         chosen = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
         if chosen.dtype == np.bool_:
             chosen = np.flatnonzero(chosen)
-        block = self._gather(np.atleast_1d(chosen))
+        block = self._gather(chosen.reshape(-1))
         if not rest:
-            return block[:, None] if chosen.ndim else block
+            return block.reshape(*chosen.shape, 1, *self.shape[2:])
         if chosen.ndim == 1 and isinstance(rest[0], np.ndarray) and not rest[0].any():
             return block[(slice(None), *rest[1:])]  # SB3's sampler: the one environment of each row
         local: Any = slice(None) if isinstance(rows, slice) else np.arange(len(block)).reshape(chosen.shape)

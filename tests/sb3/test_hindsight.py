@@ -305,6 +305,7 @@ def by_hand(
     if flags and tail == "none":
         return -INF
     value = 0.0
+    failure = float(np.clip(failure, -limit, limit))  # as the critic sees it
     if flags and tail == "sparse" and all(reward == failure for reward in rewards):
         value = failure / (1.0 - gamma)
     for reward in reversed(rewards):

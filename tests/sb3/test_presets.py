@@ -46,8 +46,9 @@ def test_continuous(name: str, algorithm: Any, host: Any) -> None:
         256,
         10,
     )
-    if name == "antmaze" and hasattr(model, "return_tail"):
-        assert model.return_tail == "sparse"
+    if hasattr(model, "return_tail"):
+        # A truncated sum of negative rewards is no lower bound.
+        assert model.return_tail == {"antmaze": "sparse", "adroit-binary": "sparse", "kitchen": "bootstrap"}.get(name, "zero")
 
 
 @pytest.mark.parametrize(("name", "weight"), [("atari-1", 4.0), ("atari-10", 1.0)])

@@ -26,7 +26,8 @@ def make_buffer(n: int = 60, seed: int = 0) -> ReplayBuffer:
     rng = np.random.default_rng(seed)
     buffer = ReplayBuffer(n, OBSERVATIONS, ACTIONS, "cpu")
     buffer.observations[:] = rng.normal(size=buffer.observations.shape)
-    buffer.next_observations[:] = rng.normal(size=buffer.observations.shape)
+    buffer.next_observations[:-1] = buffer.observations[1:]
+    buffer.next_observations[9::10] = rng.normal(size=buffer.observations[9::10].shape)
     buffer.actions[:] = rng.uniform(-1, 1, size=buffer.actions.shape)
     buffer.rewards[:] = rng.normal(size=buffer.rewards.shape)
     buffer.dones[9::10] = 1

@@ -1,0 +1,186 @@
+"""Buffers that come from elsewhere or come again: with resets in them, shared by two models, loaded, assigned by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import DQN, SAC, HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+from cql_plugins.adapters import from_sb3
+from cql_plugins.sb3 import CQL, CalQL, DiscreteCalQL
+from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
+
+
+def finite_share(buffer: Any) -> float:
+    return float(np.isfinite(buffer.returns_to_go[: buffer.size()]).mean())
+
+
+class TestBootstrap:
+    """The values after truncated ends are estimated anew whenever data is adopted, not only every thousand steps."""
+
+    def test_every_call_of_learn_offline(self, host: Any) -> None:
+        model = host.build(CalQL, return_tail="bootstrap")
+        for _ in range(3):
+            model.learn_offline(host.collect(limit=3), 5)
+            assert finite_share(model.offline_buffer) == 1.0
+
+    def test_after_a_load(self, host: Any, tmp_path: Path) -> None:
+        data = host.collect(limit=3)
+        model = host.build(CalQL, return_tail="bootstrap").learn_offline(data, 5)
+        model.learn(30)
+        model.save(tmp_path / "model")
+        model.save_replay_buffer(tmp_path / "buffer")
+        loaded = CalQL.load(tmp_path / "model", env=host.corridors(), device="cpu")
+        loaded.set_offline_data(data)
+        loaded.load_replay_buffer(tmp_path / "buffer")
+        loaded.train(1, 8)
+        assert finite_share(loaded.offline_buffer) == 1.0
+        assert finite_share(loaded.replay_buffer) > 0.5
+
+
+class TestResets:
+    """``learn`` resets the environments at its start; what ran before does not go on."""
+
+    def twice(self, host: Any, model_class: Any, n_envs: int = 1) -> Any:
+        env = host.corridors(n_envs, limit=8, discrete=issubclass(model_class, DQN))
+        model = host.build(model_class, env, learning_starts=1000)
+        model.learn(11 * n_envs)
+        model.learn(20 * n_envs)
+        return model
+
+    @pytest.mark.parametrize("n_envs", [1, 2])
+    def test_found_in_sb3s_own_buffer(self, host: Any, n_envs: int) -> None:
+        sac, calql = self.twice(host, SAC, n_envs), self.twice(host, CalQL, n_envs)
+        sac.replay_buffer.observations[:] = calql.replay_buffer.observations
+        for name in ("next_observations", "actions", "rewards", "dones", "timeouts"):
+            getattr(sac.replay_buffer, name)[:] = getattr(calql.replay_buffer, name)
+        extended = with_returns_to_go(sac.replay_buffer, 0.99)
+        known = calql.replay_buffer
+        np.testing.assert_array_equal(extended._cuts, known._cuts)
+        np.testing.assert_array_equal(extended._running_length, known._running_length)
+        np.testing.assert_array_equal(extended.returns_to_go[:31], known.returns_to_go[:31])
+        assert (known.returns_to_go[:11] == -math.inf).any(), "an episode was broken off by the second call"
+
+    def test_both_ways_to_give_a_buffer_agree(self, host: Any) -> None:
+        sac = self.twice(host, SAC)
+        model = host.build(CalQL)
+        model.set_offline_data(sac.replay_buffer)
+        raw = model.offline_buffer.returns_to_go[: sac.replay_buffer.pos, 0].copy()
+        known = np.isfinite(raw)
+        with pytest.warns(UserWarning, match="taken as truncated"):
+            data = from_sb3(sac.replay_buffer)
+        model.set_offline_data(data)
+        assert 0 < known.sum() < len(raw)
+        other = model.offline_buffer.returns_to_go[:, 0]
+        assert set(np.round(raw[known], 4)) <= set(np.round(other, 4))
+
+    def test_a_running_episode_of_a_loaded_buffer_is_cut(self, host: Any, tmp_path: Path) -> None:
+        sac = host.build(SAC, host.corridors(limit=8, start=0.0), learning_starts=1000)
+        sac.learn(11)
+        running = 11 - 1 - int(np.flatnonzero(sac.replay_buffer.dones[:11, 0])[-1])
+        assert running > 0
+        sac.save_replay_buffer(tmp_path / "buffer")
+        model = host.build(CalQL, host.corridors(limit=8, start=0.0), learning_starts=1000)
+        model.load_replay_buffer(tmp_path / "buffer")
+        model.learn(20)
+        rows = slice(11 - running, 11)
+        assert np.all(model.replay_buffer.returns_to_go[rows] == -math.inf)
+        model.replay_buffer.recompute_returns()
+        assert np.all(model.replay_buffer.returns_to_go[rows] == -math.inf)
+        assert np.isfinite(model.replay_buffer.returns_to_go[11:19]).all()
+
+
+class TestTwoModels:
+    def test_each_has_its_own_returns(self, host: Any) -> None:
+        buffer = host.collect().to_sb3(host.build(CalQL))
+        far, near = host.build(CalQL, gamma=0.99), host.build(CalQL, gamma=0.5)
+        far.set_offline_data(buffer)
+        before = far.offline_buffer.returns_to_go.copy()
+        near.set_offline_data(buffer)
+        np.testing.assert_array_equal(far.offline_buffer.returns_to_go, before)
+        assert not np.array_equal(near.offline_buffer.returns_to_go, before)
+        assert near.offline_buffer.observations is far.offline_buffer.observations, "the rest is shared"
+        far.set_offline_data(buffer)
+        assert far.offline_buffer is buffer, "nothing is copied where nothing differs"
+
+    def test_the_same_dataset_is_not_written_twice(self, host: Any, dataset: Any) -> None:
+        model = host.build(CalQL).learn_offline(dataset, 1)
+        first = model.offline_buffer
+        model.learn_offline(dataset, 1)
+        assert model.offline_buffer is first
+        model.learn_offline(dataset[:3], 1)
+        assert model.offline_buffer is not first
+
+
+class TestSparseTail:
+    def test_failure_is_clipped_with_the_rewards(self, host: Any) -> None:
+        env = VecNormalize(host.corridors(), norm_obs=False, clip_reward=2.0)
+        env.ret_rms.var, env.ret_rms.count = np.array(1.0), 10.0
+        env.training = False
+        model = host.build(CalQL, env, return_tail="sparse", gamma=0.9)
+        data = host.collect(reward=-5.0, limit=4)
+        model.set_offline_data(data)
+        batch = model.sample_batch(40)
+        assert batch.returns_to_go is not None
+        ends_well = batch.returns_to_go > -19.0
+        np.testing.assert_allclose(batch.returns_to_go[~ends_well].numpy(), -20.0, rtol=1e-5)
+        assert (~ends_well).any()
+
+
+class TestAssignedByHand:
+    @pytest.mark.parametrize("algorithm", [CalQL, DiscreteCalQL])
+    def test_a_plain_buffer(self, algorithm: Any, host: Any) -> None:
+        model = host.build(algorithm, host.corridors(discrete=algorithm is DiscreteCalQL))
+        buffer = ReplayBuffer(200, model.observation_space, model.action_space, device="cpu")
+        for _ in range(3):
+            buffer.add(*(np.zeros((1, 2)),) * 2, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
+        model.replay_buffer = buffer
+        with pytest.raises(ValueError, match="A batch has no returns-to-go"):
+            model.train(1, 4)
+        model.learn(20)
+        assert isinstance(model.replay_buffer, ReturnsToGoMixin)
+
+
+class TestWithoutAnEnvironment:
+    def test_the_online_buffer_waits_for_one(self, host: Any, tmp_path: Path) -> None:
+        """A million rows of images would not fit into memory."""
+        data = host.collect("image")
+        model = CalQL.from_dataset(data, "CnnPolicy", **(host.tiny(CalQL, "image") | {"buffer_size": 10**12}))
+        model.learn_offline(data, 1)
+        model.save(tmp_path / "model")
+        loaded = CalQL.load(tmp_path / "model", device="cpu")
+        assert loaded.buffer_size == 10**12
+        for one in (model, loaded):
+            assert one.replay_buffer.buffer_size == 1
+            one.buffer_size = 50
+            one.set_env(host.corridors(form="image"))
+            assert one.replay_buffer.buffer_size == 50
+            assert isinstance(one.replay_buffer, ReturnsToGoMixin)
+            one.set_offline_data(data)
+            one.learn(20)
+            first = one.replay_buffer
+            one.set_env(host.corridors(form="image"))
+            assert one.replay_buffer is first, "what was collected stays"
+
+
+class TestHindsight:
+    @pytest.mark.parametrize(("algorithm", "factor"), [(CQL, 1), (CalQL, 2)])
+    def test_only_who_looks_at_returns_pays_for_them(self, algorithm: Any, factor: int, host: Any) -> None:
+        env = host.corridors(form="goal")
+        options = {"replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"n_sampled_goal": 2}}
+        model = host.build(algorithm, env, form="goal", **options)
+        model.set_offline_data(host.collect("goal"))
+        calls: list[int] = []
+        original = env.envs[0].unwrapped.compute_reward
+        env.envs[0].unwrapped.compute_reward = lambda *args: calls.append(1) or original(*args)
+        batch = model.sample_batch(16)
+        assert len(calls) == factor
+        if algorithm is CalQL:
+            assert th.isfinite(batch.returns_to_go).any()
