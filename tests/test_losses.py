@@ -59,7 +59,7 @@ class TestLogDensity:
         mean, std = flat_policy(5)
         drawn = losses.propose_from_policy(mean, std, 7)
         again = losses.squashed_gaussian_log_density(th.atanh(drawn.actions), mean[:, None], std[:, None])
-        assert th.allclose(drawn.log_density, again, atol=1e-9)
+        assert th.allclose(drawn.log_density, again, rtol=0, atol=1e-9)
         assert drawn.actions.shape == (5, 7, 2)
         assert drawn.log_density.shape == (5, 7)
 
@@ -127,13 +127,13 @@ class TestSoftMaximum:
         group = losses.propose_uniformly(th.zeros(4, action_dim, dtype=DOUBLE), n)
         value = losses.soft_maximum(th.full((2, 4, n), c, dtype=DOUBLE), group.log_density, temperature)
         truth = c + temperature * (action_dim * LOG_2 + math.log(n))
-        assert th.allclose(value, th.full((2, 4), truth, dtype=DOUBLE), atol=1e-12)
+        assert th.allclose(value, th.full((2, 4), truth, dtype=DOUBLE), rtol=0, atol=1e-12)
 
     def test_runs_over_the_actions_and_not_over_critics_or_batch(self) -> None:
         q = th.arange(24.0, dtype=DOUBLE).view(2, 3, 4) / 10
         density = th.linspace(-1, 1, 12, dtype=DOUBLE).view(3, 4)
         expected = np.log(np.exp(q.numpy() - density.numpy()[None]).sum(axis=2))
-        assert np.allclose(losses.soft_maximum(q, density).numpy(), expected, atol=1e-12)
+        assert np.allclose(losses.soft_maximum(q, density).numpy(), expected, rtol=0, atol=1e-12)
 
 
 class TestGap:
@@ -152,7 +152,7 @@ class TestGap:
         ours = losses.conservative_gap(
             *map(th.as_tensor, (q_data, q, density)), action_dim=3, variant=variant, temperature=temperature
         )
-        assert np.allclose(ours.numpy(), self.numpy_gap(q_data, q, density, variant, temperature), atol=1e-12)
+        assert np.allclose(ours.numpy(), self.numpy_gap(q_data, q, density, variant, temperature), rtol=0, atol=1e-12)
 
     def test_variants_differ_from_each_other(self, rng: np.random.Generator) -> None:
         tensors = [th.as_tensor(rng.normal(size=s)) for s in ((2, 5), (2, 5, 9), (5, 9))]
@@ -171,9 +171,9 @@ class TestGap:
                 q_data, q, density, action_dim=action_dim, temperature=temperature, normalize=normalize
             )
 
-        assert th.allclose(gap(True), th.zeros(2, 4, dtype=DOUBLE), atol=1e-12)
+        assert th.allclose(gap(True), th.zeros(2, 4, dtype=DOUBLE), rtol=0, atol=1e-12)
         flat = temperature * (action_dim * LOG_2 + math.log(3 * n))
-        assert th.allclose(gap(False), th.full((2, 4), flat, dtype=DOUBLE), atol=1e-12)
+        assert th.allclose(gap(False), th.full((2, 4), flat, dtype=DOUBLE), rtol=0, atol=1e-12)
 
     def test_gaps_of_flat_q_that_the_docstring_names(self) -> None:
         for action_dim, named in ((3, 5.5), (6, 7.6), (8, 8.9), (24, 20.0), (28, 22.8)):
@@ -272,7 +272,7 @@ class TestDiscreteGap:
             ]
             for rows in self.Q.tolist()
         ]
-        assert np.allclose(gap, expected, atol=1e-12)
+        assert np.allclose(gap, expected, rtol=0, atol=1e-12)
 
     def test_calibrated(self) -> None:
         """The returns bound every action inside the soft maximum; the data's action outside of it stays as it is."""
@@ -284,7 +284,7 @@ class TestDiscreteGap:
             [math.log(sum(math.exp(q) for q in row)) - value for row, value in zip(rows, values, strict=True)]
             for rows, values in zip(bounded, data, strict=True)
         ]
-        assert np.allclose(gap, expected, atol=1e-12)
+        assert np.allclose(gap, expected, rtol=0, atol=1e-12)
         assert bound_rate is not None
         assert bound_rate.item() == pytest.approx(4 / 12)
 
@@ -411,13 +411,13 @@ class TestTabularFixedPoint:
     def test_cql_is_theorem_3_2_with_half_the_weight(self) -> None:
         policy, behavior = self.policy_counts / 4, self.data_counts / self.data_counts.sum(1, keepdims=True)
         solved = self.solve(0.3, "mu")
-        assert np.allclose(solved, self.closed_form(0.15, policy / behavior - 1), atol=1e-9)
+        assert np.allclose(solved, self.closed_form(0.15, policy / behavior - 1), rtol=0, atol=1e-9)
         assert not np.allclose(solved, self.closed_form(0.3, policy / behavior - 1), atol=1e-2)
         assert not np.allclose(solved, self.closed_form(0.15, policy / behavior), atol=1e-2)
 
     def test_pointwise_is_theorem_3_1(self) -> None:
         policy, behavior = self.policy_counts / 4, self.data_counts / self.data_counts.sum(1, keepdims=True)
-        assert np.allclose(self.solve(0.3, "pointwise"), self.closed_form(0.15, policy / behavior), atol=1e-9)
+        assert np.allclose(self.solve(0.3, "pointwise"), self.closed_form(0.15, policy / behavior), rtol=0, atol=1e-9)
 
     def test_without_weight_it_is_policy_evaluation(self) -> None:
-        assert np.allclose(self.solve(0.0, "mu"), self.closed_form(0.0, np.zeros((3, 2))), atol=1e-9)
+        assert np.allclose(self.solve(0.0, "mu"), self.closed_form(0.0, np.zeros((3, 2))), rtol=0, atol=1e-9)
