@@ -8,6 +8,7 @@ A base class joins by four methods that say what its critics are: :meth:`Conserv
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,6 +140,7 @@ class ConservativeActorCritic(ConservativeMixin):
 
     _critic_outputs = staticmethod(critic_outputs)
 
+    @abstractmethod
     def _q_values(self, outputs: th.Tensor) -> th.Tensor:
         """Read the values that the gap is made of.
 
@@ -148,8 +150,8 @@ class ConservativeActorCritic(ConservativeMixin):
         Returns:
             Shape ``(C', B, M)``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _bellman_error(self, outputs: th.Tensor, target: th.Tensor) -> th.Tensor:
         """Compute the Bellman error of the data's actions, twice what the base class minimises.
 
@@ -160,8 +162,8 @@ class ConservativeActorCritic(ConservativeMixin):
         Returns:
             Shape ``(C,)``, or a scalar for all critics.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _next_values(self, observations: th.Tensor | TensorDict, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Evaluate the best of several actions with the target critics.
 
@@ -172,11 +174,10 @@ class ConservativeActorCritic(ConservativeMixin):
         Returns:
             Values ``(B, K')`` and the index of the action ``(B, 1)``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _actor_values(self, observations: th.Tensor | TensorDict, actions: th.Tensor) -> th.Tensor:
         """Evaluate what the actor climbs: actions ``(B, A)``, values ``(B, 1)``."""
-        raise NotImplementedError
 
     # Setup -----------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -91,13 +92,13 @@ class ConservativeMixin(OfflineMixin):
         """Optimisers that follow ``learning_rate``."""
         return []
 
+    @abstractmethod
     def _train_step(self, batch: Batch) -> Any:
         """Do one gradient step; return its metrics, a dataclass of scalars."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _values_of(self, observations: th.Tensor | TensorDict) -> th.Tensor:
         """The target critics' value ``V(s)`` under the current policy, shape ``(n,)``."""
-        raise NotImplementedError
 
     def learn(
         self: SelfConservative,

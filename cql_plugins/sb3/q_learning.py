@@ -5,6 +5,7 @@ A base class joins by :meth:`ConservativeQLearning._quantiles` and :meth:`~Conse
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch as th
@@ -58,17 +59,17 @@ class ConservativeQLearning(ConservativeMixin):
     # What a base class says of its network ------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def _networks(self) -> tuple[Any, Any]:
         """The network and the target network."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _quantiles(self, network: Any, observations: th.Tensor | TensorDict) -> th.Tensor:
         """Evaluate all actions, shape ``(B, K, n_actions)``: ``K`` quantiles, or one value."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _bellman_loss(self, current: th.Tensor, target: th.Tensor) -> th.Tensor:
         """Compute the base class's loss of the data's actions: both ``(B, K)``, a scalar."""
-        raise NotImplementedError
 
     # Setup -----------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from cql_plugins.sb3 import (
     DiscreteCQL,
 )
 from cql_plugins.sb3.offline import Batch
+from cql_plugins.sb3.q_learning import ConservativeQLearning
 
 HOSTS: dict[Any, Any] = {
     DiscreteCQL: DQN,
@@ -434,6 +435,15 @@ class TestOfflinePhase:
         expected |= {"bound_rate"} if algorithm in CALIBRATED else set()
         assert {f"train/{name}" for name in expected} <= recorded.keys()
         assert all(math.isfinite(recorded[f"train/{name}"]) for name in expected)
+
+
+def test_a_base_that_says_too_little_is_refused_at_once(host: Any) -> None:
+    class Unfinished(ConservativeQLearning, DQN):
+        def _bellman_loss(self, current: th.Tensor, target: th.Tensor) -> th.Tensor:
+            return (current - target).mean()
+
+    with pytest.raises(TypeError, match=r"abstract.*_networks.*_quantiles"):
+        host.build(Unfinished)
 
 
 class TestOptions:
