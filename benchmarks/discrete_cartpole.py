@@ -25,46 +25,16 @@ import gymnasium as gym
 import numpy as np
 import structlog
 import torch as th
+from discrete_sb3 import control_pole, make_log
 
-from cql_plugins.adapters import OfflineDataset, from_arrays, to_d3rlpy
+from cql_plugins.adapters import OfflineDataset, to_d3rlpy
 from cql_plugins.d3rlpy import DiscreteCalQLConfig, DiscreteCQLConfig
 
 import d3rlpy  # isort: skip  (after ours, which imports it without gym's notice)
 from d3rlpy.dataset import MDPDataset, MixedReplayBuffer, create_fifo_replay_buffer  # isort: skip
 
 RESULTS = Path(__file__).resolve().parent / "results" / "d3rlpy"
-NOISE = (0.4, 0.6, 0.8, 1.0)
 QUIET: dict[str, Any] = {"logger_adapter": d3rlpy.logging.NoopAdapterFactory(), "show_progress": False}
-
-
-def make_log(seed: int, n_episodes: int) -> OfflineDataset:
-    """Play the episodes."""
-    rng, env = np.random.default_rng(seed), gym.make("CartPole-v1")
-    columns: dict[str, list[Any]] = {name: [] for name in ("o", "a", "r", "term", "trunc", "next")}
-    for episode in range(n_episodes):
-        noise = NOISE[episode % len(NOISE)]
-        observation, _ = env.reset(seed=int(rng.integers(2**31)))
-        done = False
-        while not done:
-            _, _, angle, angular_velocity = observation
-            action = int(rng.integers(2)) if rng.random() < noise else int(angle + 0.3 * angular_velocity > 0)
-            after, reward, terminated, truncated, _ = env.step(action)
-            for name, value in zip(columns, (observation, action, reward, terminated, truncated, after), strict=True):
-                columns[name].append(value)
-            observation, done = after, terminated or truncated
-    arrays = {name: np.array(values) for name, values in columns.items()}
-    return from_arrays(
-        arrays["o"],
-        arrays["a"],
-        arrays["r"],
-        arrays["term"],
-        arrays["trunc"],
-        next_observations=arrays["next"],
-        observation_space=env.observation_space,
-        action_space=env.action_space,
-        name="cartpole-mixed",
-        prefer_termination=True,  # the pole may fall in the very step of the time limit
-    )
 
 
 def as_mdp_dataset(dataset: OfflineDataset) -> Any:
@@ -145,7 +115,7 @@ def main() -> None:
 
     logs, runs = {}, {name: {} for name in ALGORITHMS}  # type: ignore[var-annotated]
     for seed in arguments.seeds:
-        dataset = make_log(seed, arguments.episodes)
+        dataset = make_log(lambda: gym.make("CartPole-v1"), control_pole, seed, arguments.episodes, "cartpole-mixed")
         logs[seed] = dataset.episode_returns.tolist()
         for name in ALGORITHMS:
             runs[name][seed] = run(name, dataset, seed, arguments.steps, arguments.online_steps)

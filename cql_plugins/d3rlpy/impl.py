@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch as th
 import torch.distributed as dist
@@ -25,8 +25,12 @@ from cql_plugins import losses
 from cql_plugins.losses import Calibration, Gaussian, Penalty
 
 if TYPE_CHECKING:
-    from cql_plugins.d3rlpy.cal_ql import CalQLConfig, DiscreteCalQLConfig
+    from cql_plugins.d3rlpy.cal_ql import CalQLConfig
     from cql_plugins.d3rlpy.cql import CQLConfig, DiscreteCQLConfig
+
+    _ImplBase: Any
+else:
+    _ImplBase = object
 
 ReturnsOf = Callable[[TransitionMiniBatch], Float32NDArray]
 """From a batch to its returns-to-go, shape ``(B, 1)``."""
@@ -278,20 +282,19 @@ class CQLImpl(HostCQLImpl):
         return value / dist.get_world_size()
 
 
-class CalQLImpl(CQLImpl):
-    """Cal-QL's update: the policy's values are bounded by the returns-to-go [Cal-QL, Eq. 5.1].
+class CalibratedImpl(_ImplBase):  # type: ignore[misc]
+    """Brings the returns-to-go to the update that follows it in the bases.
 
     Args:
-        built: See :class:`CQLImpl`.
+        built: What d3rlpy's builder made.
         config: The algorithm's config.
         compiled: Whether steps are captured as CUDA graphs.
         returns_of: Looks up the returns-to-go of a batch.
     """
 
-    def __init__(self, built: HostCQLImpl, config: CalQLConfig, compiled: bool, returns_of: ReturnsOf) -> None:
+    def __init__(self, built: Any, config: Any, compiled: bool, returns_of: ReturnsOf) -> None:
         super().__init__(built, config, compiled)
         self._returns_of = returns_of
-        self._calibrate_random = config.calibrate_random
 
     def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
         """Do one gradient step.
@@ -300,10 +303,16 @@ class CalQLImpl(CQLImpl):
             batch: The batch.
             grad_step: Gradient steps so far.
         """
-        return super().inner_update(_with_returns(batch, self._returns_of), grad_step)
+        return super().inner_update(_with_returns(batch, self._returns_of), grad_step)  # type: ignore[no-any-return]
+
+
+class CalQLImpl(CalibratedImpl, CQLImpl):
+    """Cal-QL's update: the policy's values are bounded by the returns-to-go [Cal-QL, Eq. 5.1]."""
+
+    _options: CalQLConfig
 
     def _calibration(self, batch: TorchMiniBatch) -> Calibration:
-        return Calibration(batch.returns_to_go, self._calibrate_random)
+        return Calibration(batch.returns_to_go, self._options.calibrate_random)
 
 
 # Discrete actions ----------------------------------------------------------------------------------------------------
@@ -394,28 +403,8 @@ class DiscreteCQLImpl(HostDiscreteCQLImpl):
         return td_loss + self._alpha * conservative_loss, td_loss, conservative_loss, q_data, bound_rate
 
 
-class DiscreteCalQLImpl(DiscreteCQLImpl):
-    """Discrete Cal-QL's update: inside the soft maximum every action's value is bounded by the returns-to-go.
-
-    Args:
-        built: See :class:`DiscreteCQLImpl`.
-        config: The algorithm's config.
-        compiled: Whether steps are captured as CUDA graphs.
-        returns_of: Looks up the returns-to-go of a batch.
-    """
-
-    def __init__(self, built: HostDiscreteCQLImpl, config: DiscreteCalQLConfig, compiled: bool, returns_of: ReturnsOf) -> None:
-        super().__init__(built, config, compiled)
-        self._returns_of = returns_of
-
-    def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
-        """Do one gradient step.
-
-        Args:
-            batch: The batch.
-            grad_step: Gradient steps so far.
-        """
-        return super().inner_update(_with_returns(batch, self._returns_of), grad_step)
+class DiscreteCalQLImpl(CalibratedImpl, DiscreteCQLImpl):
+    """Discrete Cal-QL's update: inside the soft maximum every action's value is bounded by the returns-to-go."""
 
     def compute_loss(self, batch: TorchMiniBatch, q_tpn: th.Tensor) -> DiscreteCalQLLoss:
         """As :meth:`DiscreteCQLImpl.compute_loss`, calibrated.
