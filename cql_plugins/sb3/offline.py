@@ -136,6 +136,7 @@ class OfflineMixin(OffPolicyAlgorithm):
             TypeError: If the dataset is neither.
             ValueError: If it is empty or does not fit the model's spaces.
         """
+        source: tuple[Any, ...] | None = None
         if isinstance(dataset, ReplayBuffer):
             buffer = dataset
             for name in ("observation_space", "action_space"):
@@ -151,10 +152,7 @@ class OfflineMixin(OffPolicyAlgorithm):
             if self.offline_buffer is not None and self._offline_source == source:
                 self._fill_normalization()
                 return self
-            # Not both at once in memory.
-            self.offline_buffer = self._offline_source = None
             buffer = dataset.to_sb3(self, gamma=self.gamma, return_tail=tail, n_steps=self.n_steps)
-            self._offline_source = source
         else:
             raise TypeError(
                 "dataset must be an OfflineDataset (see cql_plugins.adapters.from_minari, from_d4rl, from_arrays) or an SB3 "
@@ -168,7 +166,7 @@ class OfflineMixin(OffPolicyAlgorithm):
                 "NStepReplayBuffer with the same n_steps and gamma, or an OfflineDataset."
             )
         buffer.device = self.device
-        self.offline_buffer = self._adopt_offline_buffer(buffer)
+        self.offline_buffer, self._offline_source = self._adopt_offline_buffer(buffer), source
         self._fill_normalization()
         return self
 

@@ -118,6 +118,21 @@ class TestTwoModels:
         model.learn_offline(dataset[:3], 1)
         assert model.offline_buffer is not first
 
+    def test_what_came_between_is_not_taken_for_it(self, host: Any, dataset: Any) -> None:
+        model = host.build(CalQL).set_offline_data(dataset)
+        other = dataset[:2].to_sb3(model)
+        model.set_offline_data(other)
+        assert model.offline_buffer is other
+        model.set_offline_data(dataset)
+        assert model.offline_buffer.size() == len(dataset)
+
+    def test_refused_data_leaves_the_old(self, host: Any, dataset: Any) -> None:
+        model = host.build(CalQL).set_offline_data(dataset)
+        first = model.offline_buffer
+        with pytest.raises(ValueError, match="does not fit"):
+            model.set_offline_data(host.collect("image"))
+        assert model.offline_buffer is first
+
 
 class TestSparseTail:
     def test_failure_is_clipped_with_the_rewards(self, host: Any) -> None:
