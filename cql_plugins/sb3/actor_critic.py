@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.type_aliases import Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, polyak_update, update_learning_rate
+from torch.distributions import Normal
 
 from cql_plugins import losses
+from cql_plugins.ensembles import Precision, evaluate_actions, linear_layers
 from cql_plugins.losses import Calibration, CQLVariant, Gaussian, Penalty, ProposedActions
+from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.conservative import CalibratedMixin, ConservativeMixin
 from cql_plugins.sb3.metrics import CQLMetrics
-from cql_plugins.sb3.offline import Batch
 
 
 class PolicyStep(NamedTuple):
@@ -51,24 +56,67 @@ class CriticStep(NamedTuple):
     multiplier: th.Tensor | None
 
 
-def critic_outputs(critic: Any, observations: th.Tensor | TensorDict, actions: th.Tensor) -> th.Tensor:
+def critic_outputs(
+    critic: Any, observations: th.Tensor | TensorDict, actions: th.Tensor, precision: Precision = "f32"
+) -> th.Tensor:
     """Evaluate several actions at each state in one forward pass, with the features extracted once per state.
 
     Args:
         critic: SB3 critic with ``C`` networks of ``K`` outputs each.
         observations: Batch of ``B`` observations.
-        actions: Shape ``(B, M, A)``.
+        actions: Shape ``(B, M, A)``, without gradient.
+        precision: Of all but the output layer.
 
     Returns:
         Shape ``(C, B, M, K)``.
     """
     batch_size, n_actions, _ = actions.shape
     # SB3's critic trains its features extractor unless the actor owns it.
-    with th.set_grad_enabled(th.is_grad_enabled() and not critic.share_features_extractor):
+    with (
+        th.set_grad_enabled(th.is_grad_enabled() and not critic.share_features_extractor),
+        th.autocast(actions.device.type, th.bfloat16, enabled=precision == "bf16"),
+    ):
         features = critic.extract_features(observations, critic.features_extractor)
-    features = features.unsqueeze(1).expand(batch_size, n_actions, features.shape[1])
+    layers = [linear_layers(q_network) for q_network in critic.q_networks]
+    # A single action on the CPU gains nothing, and stays SB3's own product to the last bit.
+    if all(layers) and (n_actions > 1 or actions.is_cuda):
+        return evaluate_actions([own for own in layers if own], features, actions, precision)
+    features = features.float().unsqueeze(1).expand(batch_size, n_actions, features.shape[1])
     inputs = th.cat((features, actions), dim=2).reshape(batch_size * n_actions, -1)
-    return th.stack([q_network(inputs).view(batch_size, n_actions, -1) for q_network in critic.q_networks])
+    if precision == "f32":
+        outputs = [q_network(inputs) for q_network in critic.q_networks]
+    else:
+        with th.autocast(actions.device.type, th.bfloat16):
+            hidden = [q_network[:-1](inputs) for q_network in critic.q_networks]
+        outputs = [q_network[-1](own.float()) for q_network, own in zip(critic.q_networks, hidden, strict=True)]
+    return th.stack([own.view(batch_size, n_actions, -1) for own in outputs])
+
+
+class UncheckedSquashedGaussian(SquashedDiagGaussianDistribution):
+    """SB3's policy distribution without torch's check of its arguments, for which the host would wait for the device."""
+
+    def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> UncheckedSquashedGaussian:
+        """Set mean and standard deviation.
+
+        Args:
+            mean_actions: Before the squash, shape ``(B, A)``.
+            log_std: Shape ``(B, A)``.
+        """
+        self.distribution = Normal(mean_actions, log_std.exp(), validate_args=False)
+        return self
+
+
+@contextmanager
+def _frozen(network: th.nn.Module) -> Iterator[None]:
+    """Let gradients pass through a network to its inputs without computing those of its parameters."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 class ConservativeActorCritic(ConservativeMixin):
@@ -188,6 +236,9 @@ class ConservativeActorCritic(ConservativeMixin):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        if type(self.actor.action_dist) is SquashedDiagGaussianDistribution:
+            own = self.actor.action_dist
+            self.actor.action_dist = UncheckedSquashedGaussian(own.action_dim, own.epsilon)
         # The base class made these with the critic's learning rate.
         update_learning_rate(self.actor.optimizer, self.actor_lr_schedule(1))
         if self.ent_coef_optimizer is not None:
@@ -219,6 +270,19 @@ class ConservativeActorCritic(ConservativeMixin):
         for optimizer in (self.actor.optimizer, self.ent_coef_optimizer):
             if optimizer is not None:
                 update_learning_rate(optimizer, actor_rate)
+
+    def _all_optimizers(self) -> list[th.optim.Optimizer]:
+        every = (self.critic.optimizer, self.actor.optimizer, self.ent_coef_optimizer, self.cql_lagrange_optimizer)
+        return [optimizer for optimizer in every if optimizer is not None]
+
+    def _step_kind(self) -> tuple[Any, ...]:
+        return (
+            *super()._step_kind(),
+            self._n_updates < self.bc_steps,
+            self._n_updates % self.target_update_interval == 0,
+            self.cql_lagrange_threshold,
+            self.target_entropy,
+        )
 
     # One gradient step, as the paper has it ----------------------------------------------------------------------------
 
@@ -262,9 +326,7 @@ class ConservativeActorCritic(ConservativeMixin):
             return self.ent_coef_tensor, None
         ent_coef = th.exp(self.log_ent_coef.detach())
         loss = -(self.log_ent_coef * (policy_step.log_prob + self.target_entropy).detach()).mean()
-        self.ent_coef_optimizer.zero_grad()
-        loss.backward()
-        self.ent_coef_optimizer.step()
+        self._minimize(loss, self.ent_coef_optimizer)
         return ent_coef, loss
 
     @th.no_grad()
@@ -305,7 +367,7 @@ class ConservativeActorCritic(ConservativeMixin):
         # With weight 0 nothing is proposed: the base class's numbers at the base class's cost.
         groups = {} if weight == 0.0 else self._propose(batch, Gaussian(policy_step.mean, policy_step.std), next_policy)
         actions = th.cat([batch.actions.unsqueeze(1), *(group.actions for group in groups.values())], dim=1)
-        outputs = self._critic_outputs(self.critic, batch.observations, actions)
+        outputs = self._critic_outputs(self.critic, batch.observations, actions, self.precision)
         bellman_error = self._bellman_error(outputs[:, :, 0], target)
         q_values = self._q_values(outputs)
         penalty = self._compute_penalty(batch, q_values, groups) if groups else None
@@ -317,9 +379,7 @@ class ConservativeActorCritic(ConservativeMixin):
         full_weight = weight if multiplier is None else weight * multiplier
         loss = losses.critic_loss(bellman_error, None if penalty is None else penalty.gap, full_weight, threshold).squeeze()
 
-        self.critic.optimizer.zero_grad()
-        loss.backward()
-        self.critic.optimizer.step()
+        self._minimize(loss, self.critic.optimizer)
         if penalty is not None and multiplier is not None:
             self._update_lagrange(penalty.gap, weight)
 
@@ -354,9 +414,7 @@ class ConservativeActorCritic(ConservativeMixin):
         assert self.cql_lagrange_optimizer is not None
         assert self.cql_lagrange_threshold is not None
         loss = losses.lagrange_loss(self.log_cql_lagrange, gap, weight, self.cql_lagrange_threshold)
-        self.cql_lagrange_optimizer.zero_grad()
-        loss.backward()
-        self.cql_lagrange_optimizer.step()
+        self._minimize(loss, self.cql_lagrange_optimizer)
 
     # The actor and the targets -----------------------------------------------------------------------------------------
 
@@ -366,16 +424,20 @@ class ConservativeActorCritic(ConservativeMixin):
             log_prob_data = losses.behavior_cloning_log_prob(batch.actions, policy_step.mean, policy_step.std)
             loss = (ent_coef * policy_step.log_prob - log_prob_data).mean()
         else:
-            values = self._actor_values(batch.observations, policy_step.actions)
+            with _frozen(self.critic):
+                values = self._actor_values(batch.observations, policy_step.actions)
             loss = (ent_coef * policy_step.log_prob - values).mean()
-        self.actor.optimizer.zero_grad()
-        loss.backward()
-        self.actor.optimizer.step()
+        self._minimize(loss, self.actor.optimizer)
         return loss.detach()
 
     def _update_targets(self) -> None:
         """Move the target critics by ``tau``; running statistics of batch normalisation are copied."""
-        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        if self.device.type == "cuda":  # One kernel for all; on the CPU it is SB3's own, to the last bit.
+            targets, current = (list(network.parameters()) for network in (self.critic_target, self.critic))
+            with th.no_grad():
+                th._foreach_lerp_(targets, current, self.tau)
+        else:
+            polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
     # Logging and saving --------------------------------------------------------------------------------------------------

@@ -56,9 +56,11 @@ class ReturnsToGoMixin(ReplayBuffer):
 
     Attributes:
         returns_to_go: Shape ``(buffer_size, n_envs)``, float32: of the rewards as stored, or as clipped by ``VecNormalize``.
+        returns_version: How many times all returns were summed anew.
     """
 
     returns_to_go: NDArray[np.float32]
+    returns_version: int = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -239,6 +241,7 @@ class ReturnsToGoMixin(ReplayBuffer):
                 after = self._next_observations_at(rows[positions], env_indices, env)
                 self._tail_values = _reward_scale(env) * np.asarray(tail_value_function(after), dtype=np.float64)
         self.returns_to_go[rows] = self._compute_returns(rows, everything)
+        self.returns_version += 1
         self._tail_values = None
 
     def _next_observations_at(self, rows: np.ndarray, env_indices: np.ndarray, env: VecNormalize | None) -> Any:

@@ -12,9 +12,13 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
 from stable_baselines3.common.utils import configure_logger
 
+from cql_plugins.ensembles import PRECISIONS, Precision
 from cql_plugins.returns import RETURN_TAILS, ReturnTail
+from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
-from cql_plugins.sb3.offline import Batch, OfflineMixin
+from cql_plugins.sb3.captured import CapturedSteps, is_capturable, make_capturable, portable_state
+from cql_plugins.sb3.metrics import MetricsVector
+from cql_plugins.sb3.offline import OfflineMixin
 
 SelfConservative = TypeVar("SelfConservative", bound="ConservativeMixin")
 _BOOTSTRAP_INTERVAL = 1000
@@ -33,6 +37,10 @@ class ConservativeMixin(OfflineMixin):
         normalize_gap: Subtract the gap of a flat Q, so that it is 0 whatever the number of actions.
         cql_alpha_online: Weight during ``learn``; ``None`` keeps ``cql_alpha``. With 0 the gap is not computed: the base
             class's cost.
+        precision: ``"bf16"`` computes the hidden layers of the training pass with bfloat16 numbers. Output layers, losses,
+            targets, parameters and optimisers stay float32.
+        compile: On a GPU, replay each gradient step as one CUDA graph, which does what the step would have done. Needs
+            Adam or one of its kin, and no gSDE; no effect on the CPU.
         **kwargs: See the base class and :class:`OfflineMixin`.
 
     Raises:
@@ -47,6 +55,8 @@ class ConservativeMixin(OfflineMixin):
         cql_clip_diff: tuple[float, float] = (-math.inf, math.inf),
         normalize_gap: bool = False,
         cql_alpha_online: float | None = None,
+        precision: Precision = "f32",
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
         if not (math.isfinite(cql_alpha) and cql_alpha >= 0.0):
@@ -57,11 +67,16 @@ class ConservativeMixin(OfflineMixin):
             raise ValueError(f"cql_temperature must be a number > 0; got {cql_temperature}.")
         if len(cql_clip_diff) != 2 or not cql_clip_diff[0] < cql_clip_diff[1]:
             raise ValueError(f"cql_clip_diff must be (smallest, largest) with smallest < largest; got {cql_clip_diff}.")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}.")
         self.cql_alpha = cql_alpha
         self.cql_temperature = cql_temperature
         self.cql_clip_diff = (float(cql_clip_diff[0]), float(cql_clip_diff[1]))
         self.normalize_gap = normalize_gap
         self.cql_alpha_online = cql_alpha_online
+        self.precision: Precision = precision
+        self.compile = compile
+        self._captured_steps: CapturedSteps | None = None
         super().__init__(*args, **kwargs)
 
     @property
@@ -82,15 +97,75 @@ class ConservativeMixin(OfflineMixin):
             self._logger = configure_logger(self.verbose, self.tensorboard_log, type(self).__name__)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers())
+        step = self._captured() if self.compile and self.device.type == "cuda" else self._measured_step
         for _ in range(gradient_steps):
-            metrics = self._train_step(self.sample_batch(batch_size))
+            self._metrics.update(step(self.sample_batch(batch_size)))
             self._n_updates += 1
-            self._metrics.update(metrics)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if self.compile:
+            unknown = [type(o).__name__ for o in self._all_optimizers() if not is_capturable(o)]
+            if unknown or getattr(self, "use_sde", False):
+                raise ValueError(
+                    "compile=True needs optimisers that can be captured (Adam and its kin) and no gSDE; got "
+                    f"{', '.join(unknown) or 'use_sde=True'}. Set compile=False."
+                )
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         """Optimisers that follow ``learning_rate``."""
         return []
+
+    def _minimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+        """Do one step of an optimiser down the gradient of a loss."""
+        self._compute_gradients(loss, optimizer)
+        optimizer.step()
+
+    def _compute_gradients(self, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+        """Set the gradients of an optimiser's parameters."""
+        optimizer.zero_grad()
+        loss.backward()
+
+    def _measured_step(self, batch: Batch) -> MetricsVector:
+        return MetricsVector.of(self._train_step(batch))
+
+    def _captured(self) -> CapturedSteps:
+        """Prepare gradient steps that run as CUDA graphs."""
+        if self._captured_steps is None:
+            self._captured_steps = CapturedSteps(self._measured_step, self._step_kind)
+        for optimizer in self._all_optimizers():
+            make_capturable(optimizer)
+        return self._captured_steps
+
+    def _all_optimizers(self) -> list[th.optim.Optimizer]:
+        """Every optimiser that a gradient step moves."""
+        return self._optimizers()
+
+    def _step_kind(self) -> tuple[Any, ...]:
+        """All that a gradient step reads from Python: two steps with equal kinds do the same to the same tensors."""
+        return (
+            self._cql_weight,
+            self.cql_temperature,
+            self.cql_clip_diff,
+            self.normalize_gap,
+            self.precision,
+            self.gamma,
+            self.tau,
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_captured_steps"]
+
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """Load parameters, see SB3."""
+        super().set_parameters(*args, **kwargs)
+        self._captured_steps = None  # The optimisers' state lies in other tensors now.
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """Get parameters, see SB3; the optimisers' can be loaded by the base class on any device."""
+        parameters = super().get_parameters()
+        return {name: portable_state(state) if "param_groups" in state else state for name, state in parameters.items()}
 
     @abstractmethod
     def _train_step(self, batch: Batch) -> Any:

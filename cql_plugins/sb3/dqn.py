@@ -28,7 +28,7 @@ class DiscreteCQL(ConservativeQLearning, DQN):
         return self.q_net, self.q_net_target
 
     def _quantiles(self, network: Any, observations: th.Tensor | TensorDict) -> th.Tensor:
-        return network(observations).unsqueeze(1)  # type: ignore[no-any-return]
+        return self._evaluate(network, network.q_net, observations).unsqueeze(1)
 
     def _bellman_loss(self, current: th.Tensor, target: th.Tensor) -> th.Tensor:
         return F.smooth_l1_loss(current, target)

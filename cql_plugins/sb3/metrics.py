@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch as th
 
@@ -67,32 +68,63 @@ class DiscreteCQLMetrics:
     bound_rate: th.Tensor | None = None
 
 
+class MetricsVector(NamedTuple):
+    """The metrics of one gradient step as one tensor.
+
+    Attributes:
+        names: Those that the step had.
+        values: Shape ``(len(names),)``, float32, without gradient.
+    """
+
+    names: tuple[str, ...]
+    values: th.Tensor
+
+    @classmethod
+    def of(cls, metrics: CQLMetrics | DiscreteCQLMetrics) -> MetricsVector:
+        """Gather the fields that are not ``None``.
+
+        Args:
+            metrics: Of one step.
+        """
+        named = {field.name: getattr(metrics, field.name) for field in fields(metrics)}
+        named = {name: value for name, value in named.items() if value is not None}
+        return cls(tuple(named), th.stack([value.detach().reshape(()).float() for value in named.values()]))
+
+
 class MetricsMean:
     """Running means of the metrics on the device, read once for each log line."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, th.Tensor] = {}
-        self._counts: dict[str, int] = {}
+        # By the names that occur together.
+        self._sums: dict[tuple[str, ...], th.Tensor] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
 
     def __bool__(self) -> bool:
         """Whether there were gradient steps since the last call of :meth:`pop`."""
         return bool(self._sums)
 
-    def update(self, metrics: CQLMetrics | DiscreteCQLMetrics) -> None:
-        """Add one gradient step."""
-        for field in fields(metrics):
-            value = getattr(metrics, field.name)
-            if value is None:
-                continue
-            value = value.detach().reshape(())
-            self._sums[field.name] = self._sums[field.name] + value if field.name in self._sums else value
-            self._counts[field.name] = self._counts.get(field.name, 0) + 1
+    def update(self, metrics: MetricsVector) -> None:
+        """Add one gradient step.
+
+        Args:
+            metrics: Its metrics; the tensor may be overwritten afterwards.
+        """
+        if metrics.names in self._sums:
+            self._sums[metrics.names] += metrics.values
+        else:
+            self._sums[metrics.names] = metrics.values.clone()
+        self._counts[metrics.names] = self._counts.get(metrics.names, 0) + 1
 
     def pop(self) -> dict[str, float]:
         """Return the means since the last call by name, in one transfer, and start anew."""
         if not self._sums:
             return {}
-        sums = th.stack([value.float() for value in self._sums.values()]).tolist()
-        means = {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
+        sums = iter(th.cat(list(self._sums.values())).tolist())
+        totals: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for names in self._sums:
+            for name in names:
+                totals[name] = totals.get(name, 0.0) + next(sums)
+                counts[name] = counts.get(name, 0) + self._counts[names]
         self._sums, self._counts = {}, {}
-        return means
+        return {name: total / counts[name] for name, total in totals.items()}

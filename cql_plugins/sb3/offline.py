@@ -10,7 +10,7 @@ import inspect
 import time
 import weakref
 from collections import deque
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch as th
@@ -25,14 +25,16 @@ from stable_baselines3.common.preprocessing import (
     is_image_space_channels_first,
 )
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from cql_plugins._nested import flatten_space
 from cql_plugins.returns import discounted_suffix_sum
+from cql_plugins.sb3.batches import Batch, concatenate
 from cql_plugins.sb3.buffers import ReturnsToGoMixin
+from cql_plugins.sb3.device_data import DeviceData
 from cql_plugins.sb3.metrics import MetricsMean
 
 SelfOffline = TypeVar("SelfOffline", bound="OfflineMixin")
@@ -50,28 +52,6 @@ class OfflineData(Protocol):
         """Return a replay buffer in the form that ``model_or_env`` trains on."""
 
 
-class Batch(NamedTuple):
-    """One training batch, whatever buffers it came from.
-
-    Attributes:
-        observations: Shape ``(B, ...)`` or a dict of such.
-        actions: Shape ``(B, A)``, scaled to ``[-1, 1]``.
-        next_observations: As ``observations``.
-        dones: 1 where the episode terminated, shape ``(B, 1)``.
-        rewards: Shape ``(B, 1)``.
-        discounts: ``gamma^k``, shape ``(B, 1)``, or ``None`` for ``gamma``.
-        returns_to_go: ``G(s)``, shape ``(B, 1)``, or ``None`` where the buffers carry none.
-    """
-
-    observations: th.Tensor | TensorDict
-    actions: th.Tensor
-    next_observations: th.Tensor | TensorDict
-    dones: th.Tensor
-    rewards: th.Tensor
-    discounts: th.Tensor | None
-    returns_to_go: th.Tensor | None
-
-
 class OfflineProgressBarCallback(ProgressBarCallback):
     """SB3's progress bar with gradient steps as its clock."""
 
@@ -86,10 +66,12 @@ class OfflineMixin(OffPolicyAlgorithm):
     Args:
         *args: See the base class, as all keyword arguments but these.
         offline_fraction: Share of each online batch that comes from the dataset, or ``"proportional"`` to the sizes.
+        data_device: Where to keep and sample the dataset, ``"cuda"`` for a GPU that it fits on; ``None`` for its replay buffer
+            in the host's memory. Batches are drawn with that device's random generator.
         **kwargs: See the base class.
 
     Raises:
-        ValueError: If the fraction is out of its range.
+        ValueError: If an argument is out of its range.
 
     Attributes:
         offline_buffer: The dataset as a replay buffer, ``None`` before there is one. Never saved with the model.
@@ -103,13 +85,21 @@ class OfflineMixin(OffPolicyAlgorithm):
         super().__init_subclass__(**kwargs)
         cls.__signature__ = merged_signature(cls)  # type: ignore[attr-defined]
 
-    def __init__(self, *args: Any, offline_fraction: float | Literal["proportional"] = 0.5, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        offline_fraction: float | Literal["proportional"] = 0.5,
+        data_device: th.device | str | None = None,
+        **kwargs: Any,
+    ) -> None:
         if offline_fraction != "proportional" and not (
             isinstance(offline_fraction, (int, float)) and 0.0 <= offline_fraction <= 1.0
         ):
             raise ValueError(f"offline_fraction must be in [0, 1] or 'proportional'; got {offline_fraction!r}.")
         self.offline_fraction = offline_fraction
+        self.data_device = None if data_device is None else str(th.device(data_device))
         self.offline_buffer = None
+        self._device_data: DeviceData | None = None
         self._metrics = MetricsMean()
         self._n_offline_steps = 0
         # What the offline buffer was made of, so that the same is not made twice.
@@ -166,7 +156,9 @@ class OfflineMixin(OffPolicyAlgorithm):
                 "NStepReplayBuffer with the same n_steps and gamma, or an OfflineDataset."
             )
         buffer.device = self.device
-        self.offline_buffer, self._offline_source = self._adopt_offline_buffer(buffer), source
+        adopted = self._adopt_offline_buffer(buffer)
+        device_data = None if self.data_device is None else DeviceData(adopted, th.device(self.data_device))
+        self.offline_buffer, self._device_data, self._offline_source = adopted, device_data, source
         self._fill_normalization()
         return self
 
@@ -425,14 +417,17 @@ class OfflineMixin(OffPolicyAlgorithm):
         for buffer, size in ((self.offline_buffer, n_offline), (self.replay_buffer, batch_size - n_offline)):
             if size > 0:
                 assert buffer is not None
-                samples = buffer.sample(size, env=self._vec_normalize_env)
-                parts.append(Batch(*samples[:6], returns_to_go=getattr(samples, "returns_to_go", None)))
-        return parts[0] if len(parts) == 1 else _concatenate(parts[0], parts[1], self.gamma)
+                if self._device_data is not None and self._device_data.buffer is buffer:
+                    parts.append(self._device_data.sample(size, self.device, env=self._vec_normalize_env))
+                else:
+                    samples = buffer.sample(size, env=self._vec_normalize_env)
+                    parts.append(Batch(*samples[:6], returns_to_go=getattr(samples, "returns_to_go", None)))
+        return parts[0] if len(parts) == 1 else concatenate(parts[0], parts[1], self.gamma)
 
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "offline_buffer", "_offline_source", "_metrics"]
+        return [*super()._excluded_save_params(), "offline_buffer", "_device_data", "_offline_source", "_metrics"]
 
 
 def merged_signature(cls: type) -> inspect.Signature:
@@ -455,33 +450,6 @@ def merged_signature(cls: type) -> inspect.Signature:
         parameters |= {name: own_one for name, own_one in own.items() if own_one.kind is inspect.Parameter.KEYWORD_ONLY}
     parameters.pop("self", None)
     return inspect.Signature(list(parameters.values()))
-
-
-def _concatenate(first: Batch, second: Batch, gamma: float) -> Batch:
-    """Join two batches; a field that only one of them has is filled (discounts) or dropped (returns-to-go)."""
-    discounts = returns = None
-    if first.discounts is not None or second.discounts is not None:
-        filled = [th.full_like(b.rewards, gamma) if b.discounts is None else b.discounts for b in (first, second)]
-        discounts = th.cat(filled)
-    if first.returns_to_go is not None and second.returns_to_go is not None:
-        returns = th.cat((first.returns_to_go, second.returns_to_go))
-    return Batch(
-        _concatenate_observations(first.observations, second.observations),
-        th.cat((first.actions, second.actions)),
-        _concatenate_observations(first.next_observations, second.next_observations),
-        th.cat((first.dones, second.dones)),
-        th.cat((first.rewards, second.rewards)),
-        discounts,
-        returns,
-    )
-
-
-def _concatenate_observations(first: th.Tensor | TensorDict, second: th.Tensor | TensorDict) -> th.Tensor | TensorDict:
-    if isinstance(first, dict):
-        assert isinstance(second, dict)
-        return {key: th.cat((value, second[key])) for key, value in first.items()}
-    assert isinstance(second, th.Tensor)
-    return th.cat((first, second))
 
 
 def _channels_first(space: spaces.Space[Any]) -> spaces.Space[Any]:

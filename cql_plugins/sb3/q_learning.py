@@ -14,9 +14,9 @@ from stable_baselines3.common.type_aliases import TensorDict, TrainFrequencyUnit
 from stable_baselines3.common.utils import polyak_update
 
 from cql_plugins import losses
+from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.conservative import CalibratedMixin, ConservativeMixin
 from cql_plugins.sb3.metrics import DiscreteCQLMetrics
-from cql_plugins.sb3.offline import Batch
 
 
 class ConservativeQLearning(ConservativeMixin):
@@ -113,12 +113,11 @@ class ConservativeQLearning(ConservativeMixin):
             gap = gaps.mean()
             loss = bellman_loss + weight * gap
 
-        self.policy.optimizer.zero_grad()
-        loss.backward()
+        self._compute_gradients(loss, self.policy.optimizer)
         if self.max_grad_norm is not None:
             th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         self.policy.optimizer.step()
-        if self._is_offline_phase and (self._n_updates + 1) % self._offline_interval == 0:
+        if self._target_is_due:
             polyak_update(network.parameters(), target_network.parameters(), self.tau)
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
@@ -133,6 +132,25 @@ class ConservativeQLearning(ConservativeMixin):
             cql_gap=gap,
             bound_rate=bound_rate,
         )
+
+    @property
+    def _target_is_due(self) -> bool:
+        """Whether the target network moves with this gradient step; online it follows environment steps."""
+        return self._is_offline_phase and (self._n_updates + 1) % self._offline_interval == 0
+
+    def _step_kind(self) -> tuple[Any, ...]:
+        return (*super()._step_kind(), self._target_is_due, self.double_q, self.max_grad_norm)
+
+    def _evaluate(self, network: Any, head: th.nn.Sequential, observations: th.Tensor | TensorDict) -> th.Tensor:
+        """Evaluate a network, its output layer in float32 and all before it in the precision of the model.
+
+        Targets are float32 throughout.
+        """
+        if self.precision == "f32" or not th.is_grad_enabled():
+            return head(network.extract_features(observations, network.features_extractor))  # type: ignore[no-any-return]
+        with th.autocast(self.device.type, th.bfloat16):
+            hidden = head[:-1](network.extract_features(observations, network.features_extractor))
+        return head[-1](hidden.float())  # type: ignore[no-any-return]
 
     def _compute_target(self, batch: Batch) -> th.Tensor:
         """Compute the Bellman target of the greedy action, shape ``(B, K)``."""

@@ -28,7 +28,8 @@ class CQLQRDQN(ConservativeQLearning, QRDQN):
         return self.quantile_net, self.quantile_net_target
 
     def _quantiles(self, network: Any, observations: th.Tensor | TensorDict) -> th.Tensor:
-        return network(observations)  # type: ignore[no-any-return]
+        outputs = self._evaluate(network, network.quantile_net, observations)
+        return outputs.view(len(outputs), network.n_quantiles, -1)
 
     def _bellman_loss(self, current: th.Tensor, target: th.Tensor) -> th.Tensor:
         return quantile_huber_loss(current, target, sum_over_quantiles=True)

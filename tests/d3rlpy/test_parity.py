@@ -14,7 +14,7 @@ from d3rlpy.torch_utility import TorchMiniBatch
 
 from cql_plugins.adapters import to_sb3_model
 from cql_plugins.d3rlpy import CalQLConfig, CQLConfig, DiscreteCQLConfig
-from cql_plugins.sb3.offline import Batch
+from cql_plugins.sb3.batches import Batch
 
 OBSERVATION, ACTION, BATCH, N = 3, 2, 16, 4
 UNITS = d3rlpy.models.VectorEncoderFactory([32, 32])

@@ -29,7 +29,7 @@ from cql_plugins.sb3 import (
     DiscreteCalQL,
     DiscreteCQL,
 )
-from cql_plugins.sb3.offline import Batch
+from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.q_learning import ConservativeQLearning
 
 HOSTS: dict[Any, Any] = {

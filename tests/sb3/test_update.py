@@ -12,10 +12,11 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
 from cql_plugins import losses
-from cql_plugins.sb3 import CQL, CalQL
+from cql_plugins.ensembles import evaluate_actions
+from cql_plugins.sb3 import CQL, CalQL, actor_critic
 from cql_plugins.sb3.actor_critic import critic_outputs
+from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import with_returns_to_go
-from cql_plugins.sb3.offline import Batch
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
@@ -44,20 +45,20 @@ def make_model(algorithm: type[CQL] = CQL, **kwargs: Any) -> CQL:
         "buffer_size": 100,
         "learning_rate": LEARNING_RATE,
         "cql_n_actions": 4,
-        "policy_kwargs": {"net_arch": [8], "activation_fn": th.nn.Tanh, "optimizer_class": th.optim.SGD},
+        "policy_kwargs": {"net_arch": [8], "optimizer_class": th.optim.SGD},
     }
     return algorithm.from_dataset(make_buffer(), **(arguments | kwargs))
 
 
 def numpy_q(critic_state: dict[str, th.Tensor], obs: np.ndarray, actions: np.ndarray, n_critics: int = 2) -> np.ndarray:
-    """The critics by hand, in float64: one hidden tanh layer. Observations (B, O), actions (B, M, A) -> (C, B, M)."""
+    """The critics by hand, in float64: one hidden layer. Observations (B, O), actions (B, M, A) -> (C, B, M)."""
     inputs = np.concatenate([np.repeat(obs[:, None], actions.shape[1], axis=1), actions], axis=2)
     values = []
     for c in range(n_critics):
         w1, b1, w2, b2 = (
             critic_state[f"qf{c}.{name}"].double().numpy() for name in ("0.weight", "0.bias", "2.weight", "2.bias")
         )
-        values.append((np.tanh(inputs @ w1.T + b1) @ w2.T + b2)[..., 0])
+        values.append((np.maximum(inputs @ w1.T + b1, 0.0) @ w2.T + b2)[..., 0])
     return np.stack(values)
 
 
@@ -261,8 +262,20 @@ class TestCalibrationLimits:
 
 
 class TestWhatAStepTouches:
-    def test_each_network_runs_once_per_pass(self) -> None:
-        """Data action and 3N proposals go through each critic together."""
+    def test_critics_are_evaluated_once_per_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Data action and 3N proposals go through the critics together."""
+        sizes = []
+
+        def counting(networks: Any, features: th.Tensor, actions: th.Tensor, *rest: Any) -> th.Tensor:
+            sizes.append((len(networks), *actions.shape[:2]))
+            return evaluate_actions(networks, features, actions, *rest)
+
+        monkeypatch.setattr(actor_critic, "evaluate_actions", counting)
+        make_model().train(1, 12)
+        assert sizes == [(2, 12, 13)]
+
+    def test_unknown_networks_run_once_per_pass(self) -> None:
+        """The same where something watches the networks, and they have to run as modules."""
         model = make_model()
         sizes: dict[int, list[int]] = {}
         for i, network in enumerate(model.critic.q_networks):
@@ -311,15 +324,15 @@ class TestWhatAStepTouches:
         def refuse(*_: Any) -> None:
             raise AssertionError("a gradient step waited for the device")
 
-        # Not `__bool__`: torch's own check of a distribution's parameters, inside SB3's actor, reads one.
-        for name in ("item", "tolist", "__float__", "__int__", "cpu", "numpy"):
+        for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
             monkeypatch.setattr(th.Tensor, name, refuse)
         model.train(5, 12)
         with pytest.raises(AssertionError, match="waited"):
             model._record_metrics()
 
-    def test_many_actions_at_once_equal_one_at_a_time(self) -> None:
-        model = make_model()
+    @pytest.mark.parametrize("activation", [th.nn.ReLU, th.nn.Tanh])
+    def test_many_actions_at_once_equal_one_at_a_time(self, activation: type[th.nn.Module]) -> None:
+        model = make_model(policy_kwargs={"net_arch": [8], "activation_fn": activation})
         batch = model.sample_batch(5)
         actions = th.rand(5, 7, 2) * 2 - 1
         together = critic_outputs(model.critic, batch.observations, actions)[..., 0]

@@ -1,0 +1,220 @@
+"""Critics evaluated at many actions of each state: where CQL spends its time.
+
+An update evaluates every critic at the data's action and ``3N`` others of each state and differentiates what comes out. Here
+that is one operation over all of them which does less than the layers one by one, with the same result:
+
+- the observation's part of the first layer is computed once for each state, not once for each action;
+- going back, rows that no gradient reaches are left out. The soft maximum weighs an action by ``exp(Q)``: after some training
+  most weights are far below what the sum of a row can hold. How many are is a matter of the data, and decided anew each time;
+- no gradient is computed for actions, whose values the critic's loss takes as given;
+- on a GPU the critics are one batched product.
+
+Dimension letters: ``C`` critics, ``B`` batch, ``M`` actions of each state, ``R = B M`` rows, ``F`` features, ``A`` action
+dimension, ``H`` width of a layer, ``K`` outputs of a critic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch as th
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Precision = Literal["f32", "bf16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+_DTYPES = {"f32": th.float32, "bf16": th.bfloat16}
+_NEGLIGIBLE = {th.float64: 2.0**-53, th.float32: 2.0**-24, th.bfloat16: 2.0**-10}
+"""Share of a state's largest gradient that the left out rows of the state may have together: below what rounding changes."""
+_WORTH_GATHERING = 0.85
+"""Above this share of rows, gathering them costs more than it saves."""
+
+
+def linear_layers(network: nn.Module) -> list[nn.Linear] | None:
+    """Read a perceptron with rectified linear units, the form that :func:`evaluate_actions` knows.
+
+    Args:
+        network: A critic's network.
+
+    Returns:
+        Its layers, two at least; ``None`` where it is anything else (other activations, normalisation, hooks).
+    """
+    modules = list(network) if isinstance(network, nn.Sequential) else []
+    layers = [module for module in modules[::2] if type(module) is nn.Linear and module.bias is not None]
+    is_known = len(modules) >= 3 and len(layers) == (len(modules) + 1) // 2 and len(modules) % 2 == 1
+    if not is_known or any(type(module) is not nn.ReLU for module in modules[1::2]):
+        return None
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (network, *modules)):
+        return None
+    return layers
+
+
+def evaluate_actions(
+    networks: Sequence[Sequence[nn.Linear]], features: Tensor, actions: Tensor, precision: Precision = "f32"
+) -> Tensor:
+    """Evaluate several perceptrons of one shape at several actions of each state.
+
+    Args:
+        networks: The layers of each critic, see :func:`linear_layers`; the first takes features and action, concatenated.
+        features: Shape ``(B, F)``; differentiated where it requires a gradient.
+        actions: Shape ``(B, M, A)``; never differentiated.
+        precision: ``"bf16"`` computes all but the output layer with bfloat16 numbers (sums are float32 in both).
+
+    Returns:
+        Shape ``(C, B, M, K)``, float32 (float64 where the networks are).
+
+    Raises:
+        ValueError: If shapes disagree.
+    """
+    in_features = networks[0][0].in_features
+    if features.ndim != 2 or actions.ndim != 3 or actions.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"features must have shape (B, F) and actions (B, M, A); got {tuple(features.shape)} and {tuple(actions.shape)}."
+        )
+    if features.shape[1] + actions.shape[2] != in_features:
+        raise ValueError(
+            f"the critics take {in_features} numbers; got {features.shape[1]} features and {actions.shape[2]} of the action."
+        )
+    parameters = [parameter for layers in networks for layer in layers for parameter in (layer.weight, layer.bias)]
+    dtype = th.float64 if parameters[0].dtype == th.float64 else _DTYPES[precision]
+    values: Tensor = _EvaluateActions.apply(  # type: ignore[no-untyped-call]
+        features, actions.detach(), len(networks), dtype, *parameters
+    )
+    return values
+
+
+class _EvaluateActions(th.autograd.Function):
+    """The operation of :func:`evaluate_actions`.
+
+    On the CPU the critics go one after the other through matrix products, each a group of its own; on a GPU they are one
+    group, stacked, and all products are batched.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, actions: Tensor, n_critics: int, dtype: th.dtype, *parameters: Tensor) -> Tensor:
+        batch_size, n_actions, action_dim = actions.shape
+        inputs = features.to(dtype), actions.reshape(-1, action_dim).to(dtype)
+        values, saved = [], []
+        for weights, biases in _groups(parameters, n_critics, dtype):
+            of_actions, of_state = _split_first(weights[0], features.shape[1])
+            hidden = inputs[1] @ of_actions.mT
+            hidden.unflatten(-2, (batch_size, n_actions)).add_(_affine(biases[0], inputs[0], of_state).unsqueeze(-2))
+            saved.append(hidden.relu_())
+            for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
+                saved.append(_affine(bias, saved[-1], weight).relu_())
+            values.append(_affine(biases[-1], saved[-1].to(biases[-1].dtype), weights[-1]))
+        ctx.sizes = batch_size, n_actions, n_critics, len(values), dtype
+        ctx.save_for_backward(*inputs, *parameters, *saved)
+        return th.stack(values).reshape(n_critics, batch_size, n_actions, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        batch_size, n_actions, n_critics, n_groups, dtype = ctx.sizes
+        features, actions, *rest = ctx.saved_tensors
+        n_parameters = len(ctx.needs_input_grad) - 4
+        parameters, saved = rest[:n_parameters], rest[n_parameters:]
+        depth = len(saved) // n_groups
+        gradient_features = th.zeros_like(features, dtype=gradient.dtype) if ctx.needs_input_grad[0] else None
+        gradients: list[list[Tensor]] = [[] for _ in range(n_critics)]
+        for group, (weights, _) in enumerate(_groups(parameters, n_critics, dtype)):
+            hiddens = saved[group * depth : (group + 1) * depth]
+            upstream = gradient if n_groups == 1 < n_critics else gradient[group]
+            upstream = upstream.flatten(-3, -2)
+            rows = _rows_that_matter(upstream, n_actions, dtype)
+            of_rows = actions
+            if rows is not None:
+                upstream, of_rows = upstream[rows], actions[rows]
+                hiddens = [hidden[rows] for hidden in hiddens]
+            # Last layer first: (gradient of the weight, of the bias) of each.
+            pairs = [(upstream.mT @ hiddens[-1].to(upstream.dtype), upstream.sum(-2))]
+            flowing = upstream.to(dtype) @ weights[-1].to(dtype)
+            for layer in range(depth - 1, 0, -1):
+                flowing = _through_relu(flowing, hiddens[layer])
+                pairs.append((flowing.mT @ hiddens[layer - 1], flowing.sum(-2)))
+                flowing = flowing @ weights[layer]
+            flowing = _through_relu(flowing, hiddens[0])
+            of_state = _sum_over_actions(flowing, rows, batch_size, n_actions)
+            pairs.append((th.cat((of_state.mT @ features, flowing.mT @ of_rows), dim=-1), of_state.sum(-2)))
+            if gradient_features is not None:
+                flowing = of_state @ _split_first(weights[0], features.shape[1])[1]
+                gradient_features += flowing.sum(0) if flowing.ndim == 3 else flowing
+            for pair in reversed(pairs):
+                for tensor in pair:
+                    for critic, own in enumerate(tensor) if n_groups == 1 < n_critics else ((group, tensor),):
+                        gradients[critic].append(own.to(gradient.dtype))
+        return gradient_features, None, None, None, *(own for of_critic in gradients for own in of_critic)
+
+
+def _groups(parameters: Sequence[Tensor], n_critics: int, dtype: th.dtype) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Sort parameters by group: weights and biases of each layer, in ``dtype`` but for the output layer's."""
+    of_critic = [parameters[i :: len(parameters) // n_critics] for i in range(len(parameters) // n_critics)]
+    if n_critics > 1 and _stacks(parameters[0]):
+        columns = [[th.stack(tuple(column)) for column in of_critic]]
+    else:
+        columns = [[column[critic] for column in of_critic] for critic in range(n_critics)]
+    return [
+        (
+            [weight.to(dtype) for weight in group[:-2:2]] + [group[-2]],
+            [bias.to(dtype) for bias in group[1:-2:2]] + [group[-1]],
+        )
+        for group in columns
+    ]
+
+
+def _stacks(parameter: Tensor) -> bool:
+    """Whether critics are evaluated as one batched product; on the CPU that is no faster."""
+    return parameter.is_cuda
+
+
+def _split_first(weight: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
+    """The first layer's weight for the actions and for the features."""
+    return weight[..., n_features:], weight[..., :n_features]
+
+
+def _affine(bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+    if weight.ndim == 2:
+        return th.addmm(bias, inputs, weight.mT)
+    return th.baddbmm(bias.unsqueeze(-2), inputs.expand(len(weight), *inputs.shape[-2:]), weight.mT)
+
+
+def _through_relu(gradient: Tensor, output: Tensor) -> Tensor:
+    """Set the gradient to zero, in place, where the unit was off."""
+    th.ops.aten.threshold_backward.grad_input(gradient, output, 0, grad_input=gradient)
+    return gradient
+
+
+def _sum_over_actions(gradient: Tensor, rows: Tensor | None, batch_size: int, n_actions: int) -> Tensor:
+    if rows is None:
+        return gradient.unflatten(-2, (batch_size, n_actions)).sum(-2)
+    summed: Tensor = gradient.new_zeros(batch_size, gradient.shape[-1])
+    summed.index_add_(0, rows.div(n_actions, rounding_mode="floor"), gradient)
+    return summed
+
+
+def _rows_that_matter(gradient: Tensor, n_actions: int, dtype: th.dtype) -> Tensor | None:
+    """Find the rows whose gradients matter, on the CPU.
+
+    Left out are, for each state, rows so small that all of them together could not change the sum over the state's rows by more
+    than rounding does.
+
+    Args:
+        gradient: Shape ``(R, K)``.
+        n_actions: ``M``.
+        dtype: What products are computed with.
+
+    Returns:
+        Their indices; ``None`` for all. On a GPU always all: it would have to wait for their number.
+    """
+    if gradient.is_cuda or gradient.ndim == 3:
+        return None
+    size = gradient.abs().amax(-1).unflatten(0, (-1, n_actions))
+    # Written so that what is not a number is kept, and seen.
+    is_negligible = (size < size.amax(1, keepdim=True) * (_NEGLIGIBLE[dtype] / n_actions)) | (size == 0.0)
+    rows = is_negligible.logical_not().flatten().nonzero().squeeze(1)
+    return rows if len(rows) < _WORTH_GATHERING * len(gradient) else None
+
+
+__all__ = ["PRECISIONS", "Precision", "evaluate_actions", "linear_layers"]

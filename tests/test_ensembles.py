@@ -1,0 +1,217 @@
+"""Critics at many actions of each state: against the layers one by one, and against NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from torch import nn
+
+from cql_plugins import ensembles
+from cql_plugins.ensembles import evaluate_actions, linear_layers
+
+FEATURES, ACTIONS = 5, 3
+
+
+def make_networks(
+    n_critics: int = 2, widths: tuple[int, ...] = (16, 12), n_outputs: int = 1, dtype: th.dtype = th.float64
+) -> list[nn.Sequential]:
+    th.manual_seed(0)
+    networks = []
+    for _ in range(n_critics):
+        modules: list[nn.Module] = []
+        width = FEATURES + ACTIONS
+        for following in widths:
+            modules += [nn.Linear(width, following), nn.ReLU()]
+            width = following
+        networks.append(nn.Sequential(*modules, nn.Linear(width, n_outputs)).to(dtype))
+    return networks
+
+
+def make_inputs(n_states: int = 6, n_actions: int = 7, dtype: th.dtype = th.float64) -> tuple[th.Tensor, th.Tensor]:
+    generator = th.Generator().manual_seed(1)
+    features = th.randn(n_states, FEATURES, generator=generator, dtype=th.float64)
+    actions = th.rand(n_states, n_actions, ACTIONS, generator=generator, dtype=th.float64) * 2 - 1
+    return features.to(dtype), actions.to(dtype)
+
+
+def layers_of(networks: list[nn.Sequential]) -> list[list[nn.Linear]]:
+    found = [linear_layers(network) for network in networks]
+    assert all(found)
+    return [own for own in found if own]
+
+
+def one_by_one(networks: list[nn.Sequential], features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    columns = [th.cat((features, actions[:, i]), dim=1) for i in range(actions.shape[1])]
+    return th.stack([th.stack([network(column) for column in columns], dim=1) for network in networks])
+
+
+def soft_gap(values: th.Tensor, scale: float = 1.0) -> th.Tensor:
+    """A loss of CQL's form; weights are the more concentrated the larger the scale."""
+    values = values.sum(-1) * scale
+    return (th.logsumexp(values[:, :, 1:], dim=2) - values[:, :, 0]).mean() + (values[:, :, 0] ** 2).mean()
+
+
+def gradients(loss: th.Tensor, networks: list[nn.Sequential], *more: th.Tensor) -> list[th.Tensor]:
+    return list(th.autograd.grad(loss, [p for network in networks for p in network.parameters()] + list(more)))
+
+
+@pytest.fixture(params=["one-by-one", "stacked"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CPU's form, and the one that is used on a GPU."""
+    monkeypatch.setattr(ensembles, "_stacks", lambda _: request.param == "stacked")
+    return str(request.param)
+
+
+class TestValues:
+    def test_by_hand(self, form: str) -> None:
+        networks = make_networks()
+        features, actions = make_inputs()
+        values = evaluate_actions(layers_of(networks), features, actions).detach().numpy()
+        for c, network in enumerate(networks):
+            w1, b1, w2, b2, w3, b3 = (p.detach().numpy() for p in network.parameters())
+            for state in range(len(features)):
+                for i in range(actions.shape[1]):
+                    row = np.concatenate([features[state].numpy(), actions[state, i].numpy()])
+                    hidden = np.maximum(w2 @ np.maximum(w1 @ row + b1, 0) + b2, 0)
+                    np.testing.assert_allclose(values[c, state, i], w3 @ hidden + b3, rtol=0, atol=1e-14)
+
+    @pytest.mark.parametrize("n_outputs", [1, 5])
+    @pytest.mark.parametrize("widths", [(8,), (8, 8, 8)])
+    @pytest.mark.parametrize("n_critics", [1, 3])
+    def test_shape(self, form: str, n_critics: int, widths: tuple[int, ...], n_outputs: int) -> None:
+        networks = make_networks(n_critics, widths, n_outputs)
+        values = evaluate_actions(layers_of(networks), *make_inputs())
+        assert values.shape == (n_critics, 6, 7, n_outputs)
+        assert th.allclose(values, one_by_one(networks, *make_inputs()), rtol=0, atol=1e-14)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("scale", [1.0, 300.0])
+    @pytest.mark.parametrize("n_outputs", [1, 5])
+    @pytest.mark.parametrize("n_critics", [1, 3])
+    def test_equal_autograds(self, form: str, n_critics: int, n_outputs: int, scale: float) -> None:
+        networks = make_networks(n_critics, n_outputs=n_outputs)
+        features, actions = make_inputs()
+        features.requires_grad_()
+        ours = gradients(soft_gap(evaluate_actions(layers_of(networks), features, actions), scale), networks, features)
+        theirs = gradients(soft_gap(one_by_one(networks, features, actions), scale), networks, features)
+        for own, their in zip(ours, theirs, strict=True):
+            # Sums of up to 126 rounded terms, none above the largest gradient by more than a factor of its own size.
+            assert th.allclose(own, their, rtol=0, atol=1e-13 * max(float(their.abs().max()), scale))
+        with pytest.raises(AssertionError):
+            th.testing.assert_close(ours[0], 1.001 * theirs[0])
+
+    def test_single_precision_leaves_rows_out_that_rounding_would_not_show(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        kept = []
+        find = ensembles._rows_that_matter
+
+        def spying(*args: Any) -> Any:
+            rows = find(*args)
+            kept.append(1.0 if rows is None else len(rows) / len(args[0]))
+            return rows
+
+        monkeypatch.setattr(ensembles, "_rows_that_matter", spying)
+        exact_networks = make_networks()
+        features, actions = make_inputs(n_states=64, n_actions=31)
+        exact = gradients(soft_gap(one_by_one(exact_networks, features, actions), 1000.0), exact_networks)
+        networks = make_networks(dtype=th.float32)
+
+        def error() -> float:
+            values = evaluate_actions(layers_of(networks), features.float(), actions.float())
+            ours = gradients(soft_gap(values, 1000.0), networks)
+            return max(float((own - e).abs().max() / e.abs().max()) for own, e in zip(ours, exact, strict=True))
+
+        skipping = error()
+        assert max(kept) < 0.6, "the test's weights are concentrated"
+        monkeypatch.setattr(ensembles, "_rows_that_matter", lambda *_: None)
+        full = error()
+        assert skipping < 1.5 * full + 1e-6
+        # The twin: left out rows that do matter show.
+        monkeypatch.setattr(ensembles, "_NEGLIGIBLE", {th.float32: 3.0})
+        monkeypatch.setattr(ensembles, "_rows_that_matter", spying)
+        assert error() > 100 * full
+
+    def test_equal_weights_keep_all_rows(self) -> None:
+        gradient = th.full((12 * 31, 1), 1 / 31)
+        assert ensembles._rows_that_matter(gradient, 31, th.float32) is None
+
+    @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+    def test_what_is_not_a_number_comes_through(self, broken: float) -> None:
+        networks = make_networks(dtype=th.float32)
+        values = evaluate_actions(layers_of(networks), *make_inputs(dtype=th.float32))
+        upstream = th.zeros_like(values)
+        upstream[0, 2, 3] = broken
+        weights = [network[0].weight for network in networks]
+        first, second = th.autograd.grad(values, weights, upstream)
+        assert not first.isfinite().all()
+        assert (second == 0).all()
+
+    def test_no_gradient_is_no_gradient(self) -> None:
+        networks = make_networks()
+        values = evaluate_actions(layers_of(networks), *make_inputs())
+        assert all((g == 0).all() for g in gradients((values * 0).sum(), networks))
+
+    def test_actions_are_taken_as_given(self) -> None:
+        features, actions = make_inputs()
+        values = evaluate_actions(layers_of(make_networks()), features, actions.requires_grad_())
+        values.sum().backward()
+        assert actions.grad is None
+
+
+class TestBfloat16:
+    def test_is_near_and_not_the_same(self, form: str) -> None:
+        networks = make_networks(widths=(64, 64), dtype=th.float32)
+        features, actions = make_inputs(32, 31, th.float32)
+        exact = evaluate_actions(layers_of(networks), features, actions)
+        rough = evaluate_actions(layers_of(networks), features, actions, "bf16")
+        assert rough.dtype == th.float32
+        # 2^-9 a product, three in a row, random signs.
+        assert 1e-5 < float(((rough - exact).abs().max() / exact.abs().max()).detach()) < 3 * 2**-8
+        for own, theirs in zip(
+            gradients(soft_gap(rough, 30.0), networks), gradients(soft_gap(exact, 30.0), networks), strict=True
+        ):
+            assert own.dtype == th.float32
+            assert th.nn.functional.cosine_similarity(own.flatten(), theirs.flatten(), dim=0) > 0.995
+
+    def test_the_output_layer_is_single_precision(self, form: str) -> None:
+        """A hidden layer that bfloat16 holds exactly, and output weights that it does not."""
+        networks = make_networks(1, (8,), dtype=th.float32)
+        with th.no_grad():
+            networks[0][0].weight.zero_()
+            networks[0][0].bias.fill_(1.0)
+            networks[0][2].weight.fill_(1.0 + 2.0**-12)
+            networks[0][2].bias.zero_()
+        values = evaluate_actions(layers_of(networks), *make_inputs(dtype=th.float32), "bf16")
+        assert (values == 8.0 * (1.0 + 2.0**-12)).all()
+
+
+class TestDoor:
+    def test_reads_perceptrons_only(self) -> None:
+        perceptron = make_networks(1)[0]
+        assert linear_layers(perceptron) == [perceptron[0], perceptron[2], perceptron[4]]
+        others = [
+            nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)),
+            nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.ReLU(), nn.Linear(3, 1)),
+            nn.Sequential(nn.Linear(3, 3, bias=False), nn.ReLU(), nn.Linear(3, 1)),
+            nn.Sequential(nn.Linear(3, 3), nn.ReLU()),
+            nn.Sequential(nn.Linear(3, 1)),
+            nn.Linear(3, 1),
+        ]
+        assert [linear_layers(other) for other in others] == [None] * len(others)
+        perceptron[1].register_forward_hook(lambda *_: None)
+        assert linear_layers(perceptron) is None
+
+    @pytest.mark.parametrize(
+        ("features", "actions", "words"),
+        [
+            ((6, 5), (5, 7, 3), r"\(6, 5\) and \(5, 7, 3\)"),
+            ((6, 5), (6, 3), r"\(6, 5\) and \(6, 3\)"),
+            ((6, 4), (6, 7, 3), "take 8 numbers; got 4 features and 3 of the action"),
+        ],
+    )
+    def test_refuses_other_shapes(self, features: Any, actions: Any, words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            evaluate_actions(layers_of(make_networks()), th.zeros(features), th.zeros(actions))
