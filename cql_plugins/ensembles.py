@@ -32,21 +32,21 @@ _WORTH_GATHERING = 0.85
 """Above this share of rows, gathering them costs more than it saves."""
 
 
-def linear_layers(network: nn.Module) -> list[nn.Linear] | None:
+def linear_layers(*parts: nn.Module) -> list[nn.Linear] | None:
     """Read a perceptron with rectified linear units, the form that :func:`evaluate_actions` knows.
 
     Args:
-        network: A critic's network.
+        *parts: The modules that a critic applies one after the other.
 
     Returns:
         Its layers, two at least; ``None`` where it is anything else (other activations, normalisation, hooks).
     """
-    modules = list(network) if isinstance(network, nn.Sequential) else []
+    modules = [module for part in parts for module in (part if isinstance(part, nn.Sequential) else (part,))]
     layers = [module for module in modules[::2] if type(module) is nn.Linear and module.bias is not None]
     is_known = len(modules) >= 3 and len(layers) == (len(modules) + 1) // 2 and len(modules) % 2 == 1
     if not is_known or any(type(module) is not nn.ReLU for module in modules[1::2]):
         return None
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (network, *modules)):
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (*parts, *modules)):
         return None
     return layers
 
@@ -79,9 +79,14 @@ def evaluate_actions(
         )
     parameters = [parameter for layers in networks for layer in layers for parameter in (layer.weight, layer.bias)]
     dtype = th.float64 if parameters[0].dtype == th.float64 else _DTYPES[precision]
-    values: Tensor = _EvaluateActions.apply(  # type: ignore[no-untyped-call]
-        features, actions.detach(), len(networks), dtype, *parameters
-    )
+    values: Tensor = _evaluate(features, actions.detach(), len(networks), dtype, *parameters)
+    return values
+
+
+@th.compiler.disable  # type: ignore[untyped-decorator]
+def _evaluate(*arguments: Any) -> Tensor:
+    """Run the operation as it is also where a caller is compiled: what its backward pass leaves out is for it to decide."""
+    values: Tensor = _EvaluateActions.apply(*arguments)  # type: ignore[no-untyped-call]
     return values
 
 
@@ -187,9 +192,11 @@ def _through_relu(gradient: Tensor, output: Tensor) -> Tensor:
 
 
 def _sum_over_actions(gradient: Tensor, rows: Tensor | None, batch_size: int, n_actions: int) -> Tensor:
+    summed: Tensor
     if rows is None:
-        return gradient.unflatten(-2, (batch_size, n_actions)).sum(-2)
-    summed: Tensor = gradient.new_zeros(batch_size, gradient.shape[-1])
+        summed = gradient.unflatten(-2, (batch_size, n_actions)).sum(-2)
+        return summed
+    summed = gradient.new_zeros(batch_size, gradient.shape[-1])
     summed.index_add_(0, rows.div(n_actions, rounding_mode="floor"), gradient)
     return summed
 

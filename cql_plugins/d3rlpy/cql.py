@@ -16,6 +16,7 @@ from typing_extensions import Self
 from cql_plugins import losses
 from cql_plugins.d3rlpy.impl import CQLImpl, DiscreteCQLImpl
 from cql_plugins.d3rlpy.offline import OfflineToOnlineMixin, adopt_signatures, register_once
+from cql_plugins.ensembles import PRECISIONS, Precision
 from cql_plugins.losses import CQLVariant
 
 OfflineFraction = float | Literal["proportional"]
@@ -51,6 +52,8 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
         normalize_gap: Subtract the gap of a flat Q, ``T (log 3N + A log 2)``.
         offline_fraction: Share of logged data in the batches of ``fit_online``, or ``"proportional"`` to the sizes.
         conventions: ``"paper"`` or ``"d3rlpy"``, see above.
+        precision: ``"bf16"`` computes the hidden layers of the critics' training pass with bfloat16 numbers. Output layers,
+            losses, targets, parameters and optimisers stay float32. For vector observations and plain Q-functions.
 
     Raises:
         ValueError: If a field is out of its range.
@@ -63,6 +66,7 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
     normalize_gap: bool = False
     offline_fraction: OfflineFraction = 0.5
     conventions: Literal["paper", "d3rlpy"] = "paper"
+    precision: Precision = "f32"
     _host_config: ClassVar[type[d3rlpy.algos.CQLConfig]] = d3rlpy.algos.CQLConfig
 
     def __post_init__(self) -> None:
@@ -75,6 +79,8 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
             raise ValueError(f"cql_variant must be one of {losses.CQL_VARIANTS}; got {self.cql_variant!r}.")
         if self.conventions not in ("paper", "d3rlpy"):
             raise ValueError(f'conventions must be "paper" or "d3rlpy"; got {self.conventions!r}.')
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}; got {self.precision!r}.")
         if self.soft_q_backup and self.max_q_backup:
             raise ValueError("soft_q_backup and max_q_backup exclude each other in d3rlpy; choose one.")
 

@@ -16,12 +16,19 @@ from d3rlpy.algos.qlearning.torch.cql_impl import DiscreteCQLLoss as HostDiscret
 from d3rlpy.algos.qlearning.torch.ddpg_impl import DDPGBaseImpl
 from d3rlpy.algos.qlearning.torch.dqn_impl import DQNImpl
 from d3rlpy.dataset import TransitionMiniBatch
-from d3rlpy.models.torch import ContinuousEnsembleQFunctionForwarder, get_parameter
+from d3rlpy.models.torch import (
+    ContinuousEnsembleQFunctionForwarder,
+    ContinuousMeanQFunction,
+    VectorEncoderWithAction,
+    get_parameter,
+)
 from d3rlpy.torch_utility import TorchMiniBatch, expand_and_repeat_recursively, flatten_left_recursively
 from d3rlpy.types import Float32NDArray, TorchObservation
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cql_plugins import losses
+from cql_plugins.ensembles import Precision, evaluate_actions, linear_layers
 from cql_plugins.losses import Calibration, Gaussian, Penalty
 
 if TYPE_CHECKING:
@@ -42,6 +49,20 @@ def _with_returns(batch: TorchMiniBatch, returns_of: ReturnsOf) -> TorchMiniBatc
         return batch
     returns = th.as_tensor(returns_of(batch.numpy_batch), dtype=th.float32, device=batch.device)
     return dataclasses.replace(batch, returns_to_go=returns)
+
+
+def _critic_layers(forwarder: ContinuousEnsembleQFunctionForwarder) -> list[list[nn.Linear]] | None:
+    """The critics' layers where they are plain perceptrons; not inside DistributedDataParallel, which watches its modules."""
+    found = []
+    for own in forwarder._forwarders:
+        q_func = getattr(own, "_q_func", None)
+        if type(q_func) is not ContinuousMeanQFunction or type(q_func.encoder) is not VectorEncoderWithAction:
+            return None
+        layers = linear_layers(q_func.encoder._layers, q_func._fc)
+        if layers is None or q_func.encoder._discrete_action:
+            return None
+        found.append(layers)
+    return found
 
 
 # Continuous actions --------------------------------------------------------------------------------------------------
@@ -145,10 +166,16 @@ class CQLImpl(HostCQLImpl):
 
     @staticmethod
     def _q_values(
-        forwarder: ContinuousEnsembleQFunctionForwarder, observations: TorchObservation, actions: th.Tensor
+        forwarder: ContinuousEnsembleQFunctionForwarder,
+        observations: TorchObservation,
+        actions: th.Tensor,
+        precision: Precision = "f32",
     ) -> th.Tensor:
         """Evaluate ``M`` actions at each state in one pass: actions ``(B, M, A)``, values ``(C, B, M)``."""
         batch_size, n_actions, action_size = actions.shape
+        layers = _critic_layers(forwarder)
+        if layers is not None and isinstance(observations, th.Tensor):
+            return evaluate_actions(layers, observations, actions, precision)[..., 0]
         repeated = flatten_left_recursively(expand_and_repeat_recursively(observations, n_actions), dim=1)
         values = forwarder.compute_expected_q(repeated, actions.reshape(-1, action_size), "none")
         return values.view(-1, batch_size, n_actions)
@@ -196,7 +223,7 @@ class CQLImpl(HostCQLImpl):
         )
         actions = th.cat([batch.actions.unsqueeze(1), *(group.actions for group in groups.values())], dim=1)
         return losses.conservative_penalty(
-            self._q_values(self._q_func_forwarder, batch.observations, actions),
+            self._q_values(self._q_func_forwarder, batch.observations, actions, options.precision),
             groups,
             calibration=self._calibration(batch),
             variant=options.cql_variant,
@@ -224,7 +251,9 @@ class CQLImpl(HostCQLImpl):
         if not self._steps_alpha_first:
             self._update_multiplier(loss.conservative_gap.reshape(1, 1))
         values = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
-        metrics = {name: float(value.detach()) for name, value in values.items() if value is not None}
+        values = {name: value.detach().reshape(()) for name, value in values.items() if value is not None}
+        # In one transfer: on a GPU each is a wait.
+        metrics: dict[str, float] = dict(zip(values, th.stack(list(values.values())).tolist(), strict=True))
         if metrics["alpha"] >= losses.LAGRANGE_MAX and not self._warned_of_clamp:
             self._warned_of_clamp = True
             warnings.warn(
