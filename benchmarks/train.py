@@ -29,6 +29,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari
+from cql_plugins.ensembles import PRECISIONS
 from cql_plugins.sb3 import CQL, CQLTQC, CalQL
 from cql_plugins.sb3.actor_critic import ConservativeActorCritic
 
@@ -105,27 +106,6 @@ TASKS = {
 }
 
 
-def use_bf16_hidden_layers() -> None:
-    """Run the hidden layers of the 3N+1-action critic pass in bfloat16; the output layer and the losses stay float32."""
-    in_f32 = ConservativeActorCritic._critic_outputs
-
-    def in_bf16(critic: Any, observations: Any, actions: th.Tensor) -> th.Tensor:
-        batch_size, n_actions, _ = actions.shape
-        if n_actions == 1:
-            return in_f32(critic, observations, actions)
-        features = critic.extract_features(observations, critic.features_extractor)
-        features = features.unsqueeze(1).expand(batch_size, n_actions, features.shape[1])
-        inputs = th.cat((features, actions), dim=2).reshape(batch_size * n_actions, -1)
-        values = []
-        for network in critic.q_networks:
-            with th.autocast("cpu", th.bfloat16):
-                hidden = network[:-1](inputs)
-            values.append(network[-1](hidden.float()).view(batch_size, n_actions, -1))
-        return th.stack(values)
-
-    ConservativeActorCritic._critic_outputs = staticmethod(in_bf16)  # type: ignore[method-assign]
-
-
 class RecordEvaluations(EvalCallback):
     """SB3's evaluation, written to the result file and followed by a checkpoint each time."""
 
@@ -175,15 +155,13 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=2500)
     parser.add_argument("--online-eval-every", type=int, default=1000)
     parser.add_argument("--eval-episodes", type=int, default=5)
-    parser.add_argument("--precision", choices=("float32", "bf16-hidden"), default="float32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="f32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "runs")
     arguments = parser.parse_args()
 
     th.set_num_threads(arguments.threads)
-    if arguments.precision == "bf16-hidden":
-        use_bf16_hidden_layers()
     task, algorithm = TASKS[arguments.task], ALGORITHMS[arguments.algorithm]
     name = f"{arguments.task}_{arguments.algorithm}_seed{arguments.seed}"
     arguments.results.mkdir(parents=True, exist_ok=True)
@@ -213,7 +191,7 @@ def main() -> None:
             "offline": [],
             "online": {},
         }
-        options = copy.deepcopy(task.arguments)
+        options = copy.deepcopy(task.arguments) | {"precision": arguments.precision}
         if arguments.cql_alpha is not None:
             options["cql_alpha"] = arguments.cql_alpha
         if arguments.algorithm == "tqc":
