@@ -1,7 +1,7 @@
 """Goal-conditioned Cal-QL on PointMaze (UMaze, sparse reward), offline then online, with and without hindsight relabelling.
 
     python benchmarks/pointmaze.py data --data runs/minari
-    python benchmarks/pointmaze.py train hindsight --data runs/minari --precision bf16-hidden    # and `train plain`
+    python benchmarks/pointmaze.py train hindsight --data runs/minari --precision bf16    # and `train plain`
     python benchmarks/pointmaze.py figure
 
 ``data`` logs a waypoint controller by the open recipe of D4RL and Minari (value iteration on the grid of the maze, a PD
@@ -30,9 +30,10 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
-from train import commit, use_bf16_hidden_layers
+from train import commit
 
 from cql_plugins.adapters import OfflineDataset, from_arrays, from_minari
+from cql_plugins.ensembles import PRECISIONS
 from cql_plugins.sb3 import CalQL, ScaleReward
 from cql_plugins.sb3.presets import PRESETS
 
@@ -195,9 +196,7 @@ class EvaluateEvery(BaseCallback):
 def train(arguments: argparse.Namespace) -> None:
     """Train one arm, offline and then online."""
     th.set_num_threads(arguments.threads)
-    if arguments.precision == "bf16-hidden":
-        use_bf16_hidden_layers()
-    preset = PRESET | {"normalize_gap": arguments.normalize_gap}
+    preset = PRESET | {"normalize_gap": arguments.normalize_gap, "precision": arguments.precision}
     name = f"{arguments.arm}{'_normalized' if arguments.normalize_gap else ''}_seed{arguments.seed}"
     for folder in (arguments.results, arguments.checkpoints):
         folder.mkdir(parents=True, exist_ok=True)
@@ -328,7 +327,7 @@ def main() -> None:
     command.add_argument("--eval-every", type=int, default=1000)
     command.add_argument("--eval-episodes", type=int, default=50)
     command.add_argument("--normalize-gap", action="store_true", help="a departure from the preset: a flat Q has gap 0")
-    command.add_argument("--precision", choices=("float32", "bf16-hidden"), default="float32")
+    command.add_argument("--precision", choices=PRECISIONS, default="f32")
     command.add_argument("--threads", type=int, default=1)
     command.add_argument("--checkpoints", type=Path, default=ROOT / "runs")
     command.set_defaults(run=train)

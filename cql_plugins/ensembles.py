@@ -52,7 +52,11 @@ def linear_layers(*parts: nn.Module) -> list[nn.Linear] | None:
 
 
 def evaluate_actions(
-    networks: Sequence[Sequence[nn.Linear]], features: Tensor, actions: Tensor, precision: Precision = "f32"
+    networks: Sequence[Sequence[nn.Linear]],
+    features: Tensor,
+    actions: Tensor,
+    precision: Precision = "f32",
+    n_backward: int | None = None,
 ) -> Tensor:
     """Evaluate several perceptrons of one shape at several actions of each state.
 
@@ -61,6 +65,9 @@ def evaluate_actions(
         features: Shape ``(B, F)``; differentiated where it requires a gradient.
         actions: Shape ``(B, M, A)``; never differentiated.
         precision: ``"bf16"`` computes all but the output layer with bfloat16 numbers (sums are float32 in both).
+        n_backward: How many actions of a state the gradient goes back through on average, on the CPU: drawn in proportion to
+            the size of their gradients and weighted by the inverse of their chance, so that the gradient is right in the mean.
+            ``None`` for all that matter.
 
     Returns:
         Shape ``(C, B, M, K)``, float32 (float64 where the networks are).
@@ -79,7 +86,7 @@ def evaluate_actions(
         )
     parameters = [parameter for layers in networks for layer in layers for parameter in (layer.weight, layer.bias)]
     dtype = th.float64 if parameters[0].dtype == th.float64 else _DTYPES[precision]
-    values: Tensor = _evaluate(features, actions.detach(), len(networks), dtype, *parameters)
+    values: Tensor = _evaluate(features, actions.detach(), len(networks), dtype, n_backward, *parameters)
     return values
 
 
@@ -98,7 +105,15 @@ class _EvaluateActions(th.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, actions: Tensor, n_critics: int, dtype: th.dtype, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        actions: Tensor,
+        n_critics: int,
+        dtype: th.dtype,
+        n_backward: int | None,
+        *parameters: Tensor,
+    ) -> Tensor:
         batch_size, n_actions, action_dim = actions.shape
         inputs = features.to(dtype), actions.reshape(-1, action_dim).to(dtype)
         values, saved = [], []
@@ -110,16 +125,16 @@ class _EvaluateActions(th.autograd.Function):
             for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
                 saved.append(_affine(bias, saved[-1], weight).relu_())
             values.append(_affine(biases[-1], saved[-1].to(biases[-1].dtype), weights[-1]))
-        ctx.sizes = batch_size, n_actions, n_critics, len(values), dtype
+        ctx.sizes = batch_size, n_actions, n_critics, len(values), dtype, n_backward
         ctx.save_for_backward(*inputs, *parameters, *saved)
         return th.stack(values).reshape(n_critics, batch_size, n_actions, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        batch_size, n_actions, n_critics, n_groups, dtype = ctx.sizes
+        batch_size, n_actions, n_critics, n_groups, dtype, n_backward = ctx.sizes
         features, actions, *rest = ctx.saved_tensors
-        n_parameters = len(ctx.needs_input_grad) - 4
+        n_parameters = len(ctx.needs_input_grad) - 5
         parameters, saved = rest[:n_parameters], rest[n_parameters:]
         depth = len(saved) // n_groups
         gradient_features = th.zeros_like(features, dtype=gradient.dtype) if ctx.needs_input_grad[0] else None
@@ -128,6 +143,8 @@ class _EvaluateActions(th.autograd.Function):
             hiddens = saved[group * depth : (group + 1) * depth]
             upstream = gradient if n_groups == 1 < n_critics else gradient[group]
             upstream = upstream.flatten(-3, -2)
+            if n_backward is not None:
+                upstream = _thin_out(upstream, n_actions, n_backward)
             rows = _rows_that_matter(upstream, n_actions, dtype)
             of_rows = actions
             if rows is not None:
@@ -150,7 +167,7 @@ class _EvaluateActions(th.autograd.Function):
                 for tensor in pair:
                     for critic, own in enumerate(tensor) if n_groups == 1 < n_critics else ((group, tensor),):
                         gradients[critic].append(own.to(gradient.dtype))
-        return gradient_features, None, None, None, *(own for of_critic in gradients for own in of_critic)
+        return gradient_features, None, None, None, None, *(own for of_critic in gradients for own in of_critic)
 
 
 def _groups(parameters: Sequence[Tensor], n_critics: int, dtype: th.dtype) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -199,6 +216,25 @@ def _sum_over_actions(gradient: Tensor, rows: Tensor | None, batch_size: int, n_
     summed = gradient.new_zeros(batch_size, gradient.shape[-1])
     summed.index_add_(0, rows.div(n_actions, rounding_mode="floor"), gradient)
     return summed
+
+
+def _thin_out(gradient: Tensor, n_actions: int, n_backward: int) -> Tensor:
+    """Set rows to zero at random and enlarge the others, so that the mean stays.
+
+    A row stays with a chance in proportion to its size, at most 1: the large ones are there in every draw.
+
+    Args:
+        gradient: Shape ``(R, K)``.
+        n_actions: ``M``.
+        n_backward: Rows of a state that are to stay, on average and at most.
+    """
+    if gradient.is_cuda or gradient.ndim == 3:
+        return gradient  # A graph cannot depend on how many are left.
+    size = gradient.abs().amax(-1).unflatten(0, (-1, n_actions))
+    chance = (n_backward * size / size.sum(1, keepdim=True).clamp_min(th.finfo(size.dtype).tiny)).clamp_max(1.0)
+    stays = th.rand_like(chance) < chance
+    factor = th.where(stays, 1.0 / chance, 0.0).reshape(-1, 1)
+    return gradient * factor
 
 
 def _rows_that_matter(gradient: Tensor, n_actions: int, dtype: th.dtype) -> Tensor | None:

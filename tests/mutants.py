@@ -25,6 +25,8 @@ LOSSES, ACTOR_CRITIC, RETURNS, BUFFERS = (
 )
 D3RLPY = "cql_plugins/d3rlpy/"
 Q_LEARNING, QRDQN, TQC, CONSERVATIVE = (f"cql_plugins/sb3/{name}.py" for name in ("q_learning", "qrdqn", "tqc", "conservative"))
+ENSEMBLES = "cql_plugins/ensembles.py"
+CAPTURED, DEVICE_DATA, CQL_CLASS = (f"cql_plugins/sb3/{name}.py" for name in ("captured", "device_data", "cql"))
 FRAMES, SHARED, STORAGE = "adapters/frames.py", "cql_plugins/sb3/shared_buffer.py", "adapters/_storage.py"
 SOFT_MAXIMUM = "    return temperature * th.logsumexp(logits, dim=2)"
 
@@ -78,8 +80,8 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     # Around it.
     "next-actions-at-next-states": (
         ACTOR_CRITIC,
-        "_critic_outputs(self.critic, batch.observations, actions)",
-        "_critic_outputs(self.critic, batch.next_observations, actions)",
+        "_critic_outputs(self.critic, batch.observations, actions, self",
+        "_critic_outputs(self.critic, batch.next_observations, actions, self",
     ),
     "clamped-density": (
         LOSSES,
@@ -206,6 +208,30 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "episodes-without-their-last": (SHARED, "self._leaf[rows + episodes + self._shift]", "self._leaf[rows + self._shift]"),
     "outdated-files": (STORAGE, ' or manifest["source"] != state', ""),
     "half-an-entry": (STORAGE, "        shutil.rmtree(folder, ignore_errors=True)\n    raise", "        pass\n    raise"),
+    # Speed that costs correctness.
+    "leaves-out-rows-that-matter": (ENSEMBLES, "th.float32: 2.0**-24", "th.float32: 2.0**3"),
+    "drops-what-is-not-a-number": (ENSEMBLES, ".logical_not().flatten()", ".logical_not().logical_and(size > 0).flatten()"),
+    "draws-without-weight": (ENSEMBLES, "th.where(stays, 1.0 / chance, 0.0)", "stays.to(gradient.dtype)"),
+    "draws-uniformly": (ENSEMBLES, "stays = th.rand_like(chance) < chance", "stays = th.rand_like(chance) < 0.5"),
+    "states-part-of-another-state": (ENSEMBLES, "rows.div(n_actions,", "rows.div(n_actions + 1,"),
+    "output-layer-in-bf16": (
+        ENSEMBLES,
+        "_affine(biases[-1], saved[-1].to(biases[-1].dtype), weights[-1])",
+        "_affine(biases[-1].to(dtype), saved[-1], weights[-1].to(dtype)).float()",
+    ),
+    "features-gradient-lost": (ENSEMBLES, "gradient_features += ", "gradient_features = gradient_features * "),
+    "targets-in-bf16": (
+        CQL_CLASS,
+        "self._critic_outputs(self.critic_target, observations, actions)",
+        "self._critic_outputs(self.critic_target, observations, actions, self.precision)",
+    ),
+    "discrete-targets-in-bf16": (Q_LEARNING, " or not th.is_grad_enabled():", ":"),
+    "old-returns-on-the-device": (DEVICE_DATA, "if self._returns_version != self._current_returns_version:", "if False:"),
+    "old-statistics-on-the-device": (DEVICE_DATA, "known is None or known[0] != rms.count", "known is None"),
+    "old-batch-in-the-graph": (CAPTURED, "        th._foreach_copy_(", "        (lambda *_: None)("),
+    "one-graph-for-all": (CAPTURED, "kind = (self._key(), ", "kind = (0, "),
+    "saves-the-devices-rate": (CAPTURED, 'own["lr"] = group["_rate_value"]', "pass"),
+    "no-wait-in-a-step": (ACTOR_CRITIC, "validate_args=False", "validate_args=True"),
 }
 
 
@@ -230,6 +256,8 @@ def survives(name: str) -> bool:
             tests.append("tests/adapters/test_models.py")
         if path in (Q_LEARNING, QRDQN, TQC):
             tests = ["tests/sb3/test_bases.py"]
+        if path in (ENSEMBLES, CAPTURED, DEVICE_DATA, CQL_CLASS) or name == "discrete-targets-in-bf16":
+            tests = ["tests/test_ensembles.py", "tests/sb3/test_speed_options.py"]
         if path in (FRAMES, SHARED, STORAGE):
             tests = [f"tests/adapters/test_{topic}.py" for topic in ("frames", "shared", "storage")]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]

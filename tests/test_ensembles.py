@@ -161,6 +161,57 @@ class TestGradients:
         assert actions.grad is None
 
 
+class TestDrawnBackward:
+    """Fewer rows go back, chosen at random: right in the mean."""
+
+    def draws(self, n_backward: int, n_draws: int) -> tuple[th.Tensor, th.Tensor, float]:
+        """Exact gradient of the first layer, drawn ones, and the share of rows that went back."""
+        networks = make_networks(1)
+        features, actions = make_inputs()
+        exact = gradients(soft_gap(evaluate_actions(layers_of(networks), features, actions), 30.0), networks)[0]
+        upstream: list[th.Tensor] = []
+        values = evaluate_actions(layers_of(networks), features, actions)
+        values.register_hook(upstream.append)
+        gradients(soft_gap(values, 30.0), networks)
+        rows = upstream[0][0].reshape(-1, 1)
+        share = float((ensembles._thin_out(rows, 7, n_backward) != 0).double().mean())
+        found = []
+        for _ in range(n_draws):
+            values = evaluate_actions(layers_of(networks), features, actions, n_backward=n_backward)
+            found.append(gradients(soft_gap(values, 30.0), networks)[0])
+        return exact, th.stack(found), share
+
+    def test_mean_is_the_gradient(self) -> None:
+        th.manual_seed(0)
+        exact, drawn, share = self.draws(2, 3000)
+        assert share < 0.5
+        error = (drawn.mean(0) - exact).abs()
+        # Five standard errors, of 128 numbers.
+        standard_error = drawn.std(0) / 3000**0.5
+        assert (error <= 5 * standard_error + 1e-12).all()
+        assert (drawn.std(0) > 0).any(), "something was left to chance"
+
+    def test_mean_of_rows_without_their_weight_is_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        thin = ensembles._thin_out
+        monkeypatch.setattr(ensembles, "_thin_out", lambda rows, *rest: th.where(thin(rows, *rest) != 0, rows, 0.0))
+        th.manual_seed(0)
+        exact, drawn, _ = self.draws(2, 500)
+        assert ((drawn.mean(0) - exact).abs() > 5 * drawn.std(0) / 500**0.5 + 1e-12).any()
+
+    def test_large_rows_are_in_every_draw(self) -> None:
+        rows = th.tensor([[8.0], [1.0], [1.0], [0.0], [-2.0], [0.0], [0.0], [0.0]])
+        for _ in range(20):
+            thinned = ensembles._thin_out(rows, 4, 2).squeeze(1)
+            assert thinned[0] == 8.0, "twice its share of 0.8 is certain"
+            assert thinned[4] == -2.0
+            assert set(thinned[[1, 2]].tolist()) <= {0.0, 5.0}, "a chance of 0.2"
+            assert (thinned[[3, 5, 6, 7]] == 0).all()
+
+    def test_more_rows_than_there_are_is_exact_for_equal_ones(self) -> None:
+        rows = th.full((12, 1), 0.3)
+        assert th.equal(ensembles._thin_out(rows, 4, 4), rows)
+
+
 class TestBfloat16:
     def test_is_near_and_not_the_same(self, form: str) -> None:
         networks = make_networks(widths=(64, 64), dtype=th.float32)

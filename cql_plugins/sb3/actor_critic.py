@@ -57,7 +57,11 @@ class CriticStep(NamedTuple):
 
 
 def critic_outputs(
-    critic: Any, observations: th.Tensor | TensorDict, actions: th.Tensor, precision: Precision = "f32"
+    critic: Any,
+    observations: th.Tensor | TensorDict,
+    actions: th.Tensor,
+    precision: Precision = "f32",
+    n_backward: int | None = None,
 ) -> th.Tensor:
     """Evaluate several actions at each state in one forward pass, with the features extracted once per state.
 
@@ -66,6 +70,7 @@ def critic_outputs(
         observations: Batch of ``B`` observations.
         actions: Shape ``(B, M, A)``, without gradient.
         precision: Of all but the output layer.
+        n_backward: See :func:`~cql_plugins.ensembles.evaluate_actions`.
 
     Returns:
         Shape ``(C, B, M, K)``.
@@ -80,7 +85,7 @@ def critic_outputs(
     layers = [linear_layers(q_network) for q_network in critic.q_networks]
     # A single action on the CPU gains nothing, and stays SB3's own product to the last bit.
     if all(layers) and (n_actions > 1 or actions.is_cuda):
-        return evaluate_actions([own for own in layers if own], features, actions, precision)
+        return evaluate_actions([own for own in layers if own], features, actions, precision, n_backward)
     features = features.float().unsqueeze(1).expand(batch_size, n_actions, features.shape[1])
     inputs = th.cat((features, actions), dim=2).reshape(batch_size * n_actions, -1)
     if precision == "f32":
@@ -136,6 +141,8 @@ class ConservativeActorCritic(ConservativeMixin):
         max_q_backup: Target is the best of ``cql_n_actions`` sampled actions, the minimum over critics first.
         backup_entropy: Whether the target has the entropy term of maximum-entropy learning.
         bc_steps: Gradient steps during which the actor clones the data's actions first.
+        cql_n_backward: On the CPU, send the critics' gradient back through so many actions of a state on average, drawn in
+            proportion to their weight; right in the mean, noisier, and cheaper. ``None`` for all.
         **kwargs: See the base class and :class:`ConservativeMixin`.
 
     Raises:
@@ -164,6 +171,7 @@ class ConservativeActorCritic(ConservativeMixin):
         max_q_backup: bool = False,
         backup_entropy: bool = False,
         bc_steps: int = 0,
+        cql_n_backward: int | None = None,
         **kwargs: Any,
     ) -> None:
         if not (isinstance(cql_n_actions, int) and cql_n_actions >= 1):
@@ -172,6 +180,9 @@ class ConservativeActorCritic(ConservativeMixin):
             raise ValueError(f"cql_variant must be one of {losses.CQL_VARIANTS}; got {cql_variant!r}.")
         if not (isinstance(bc_steps, int) and bc_steps >= 0):
             raise ValueError(f"bc_steps must be an integer >= 0; got {bc_steps!r}.")
+        if cql_n_backward is not None and not (isinstance(cql_n_backward, int) and cql_n_backward >= 1):
+            raise ValueError(f"cql_n_backward must be None or an integer >= 1; got {cql_n_backward!r}.")
+        self.cql_n_backward = cql_n_backward
         self.actor_learning_rate = actor_learning_rate
         self.cql_n_actions = cql_n_actions
         self.cql_variant: CQLVariant = cql_variant
@@ -281,6 +292,10 @@ class ConservativeActorCritic(ConservativeMixin):
             self._n_updates < self.bc_steps,
             self._n_updates % self.target_update_interval == 0,
             self.cql_lagrange_threshold,
+            self.cql_n_actions,
+            self.cql_variant,
+            self.max_q_backup,
+            self.backup_entropy,
             self.target_entropy,
         )
 
@@ -367,7 +382,7 @@ class ConservativeActorCritic(ConservativeMixin):
         # With weight 0 nothing is proposed: the base class's numbers at the base class's cost.
         groups = {} if weight == 0.0 else self._propose(batch, Gaussian(policy_step.mean, policy_step.std), next_policy)
         actions = th.cat([batch.actions.unsqueeze(1), *(group.actions for group in groups.values())], dim=1)
-        outputs = self._critic_outputs(self.critic, batch.observations, actions, self.precision)
+        outputs = self._critic_outputs(self.critic, batch.observations, actions, self.precision, self.cql_n_backward)
         bellman_error = self._bellman_error(outputs[:, :, 0], target)
         q_values = self._q_values(outputs)
         penalty = self._compute_penalty(batch, q_values, groups) if groups else None

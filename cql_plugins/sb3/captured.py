@@ -139,8 +139,8 @@ def portable_state(state: dict[str, Any]) -> dict[str, Any]:
     groups = []
     for group in state["param_groups"]:
         own = {key: value for key, value in group.items() if key not in ("_rate", "_rate_value")}
-        if isinstance(own.get("lr"), th.Tensor):
-            own["lr"] = float(own["lr"])
+        if "_rate_value" in group:
+            own["lr"] = group["_rate_value"]
         if own.get("capturable"):
             own["capturable"], own["fused"] = False, None
         groups.append(own)
