@@ -286,6 +286,7 @@ class TestOptimisers:
 
         (_, plain), (_, restored) = trained(False), trained(True)
         assert plain["param_groups"] == restored["param_groups"]
+        assert type(restored["param_groups"][0]["lr"]) is float
         assert all(th.equal(plain["state"][0][key], restored["state"][0][key]) for key in plain["state"][0])
         # The base class can go on with it.
         optimizer = th.optim.Adam([th.nn.Parameter(th.arange(3.0))], lr=0.1)
