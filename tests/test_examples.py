@@ -7,6 +7,8 @@ import importlib.util
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -138,6 +140,26 @@ def test_no_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert printed["power"][18.0] > printed["power"][24.0] + 0.2
     assert printed["q"]["log"] > printed["q"]["dice"]
     assert "heat at" in capsys.readouterr().out
+
+
+def test_torchrun_cql(tmp_path: Path) -> None:
+    """By its command line, on two processes."""
+    if not pytest.importorskip("torch").distributed.is_gloo_available():
+        pytest.skip("torch without Gloo")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(EXAMPLES / "torchrun_cql.py"), "--gradient-steps", "200", "--out", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["push.zip"]
+    said = re.findall(r"at \(0.8, -0.8\) push \((-?[\d.]+), (-?[\d.]+)\)", done.stdout)
+    assert len(said) == done.stdout.count("Using cpu device") == 1
+    assert float(said[0][0]) < 0.0 < float(said[0][1])  # towards the origin
 
 
 def test_d3rlpy_baselines(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from cql_plugins.returns import RETURN_TAILS, ReturnTail
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
 from cql_plugins.sb3.captured import CapturedSteps, is_capturable, make_capturable, portable_state
+from cql_plugins.sb3.distributed import Ranks
 from cql_plugins.sb3.metrics import MetricsVector
 from cql_plugins.sb3.offline import OfflineMixin
 
@@ -40,7 +42,7 @@ class ConservativeMixin(OfflineMixin):
         precision: ``"bf16"`` computes the hidden layers of the training pass with bfloat16 numbers. Output layers, losses,
             targets, parameters and optimisers stay float32.
         compile: On a GPU, replay each gradient step as one CUDA graph, which does what the step would have done. Needs
-            Adam or one of its kin, and no gSDE; no effect on the CPU.
+            Adam or one of its kin, no gSDE, and one process; no effect on the CPU.
         **kwargs: See the base class and :class:`OfflineMixin`.
 
     Raises:
@@ -113,6 +115,15 @@ class ConservativeMixin(OfflineMixin):
                     f"{', '.join(unknown) or 'use_sde=True'}. Set compile=False."
                 )
 
+    def _check_ranks(self, n_ranks: int) -> None:
+        super()._check_ranks(n_ranks)
+        if self.compile:
+            # On the CPU, too, where it has no effect: a script should fail where it is tried out.
+            raise ValueError(
+                f"compile=True is for one process, and this is one of {n_ranks}: the exchange of gradients is not part of a "
+                "CUDA graph. Set compile=False."
+            )
+
     def _optimizers(self) -> list[th.optim.Optimizer]:
         """Optimisers that follow ``learning_rate``."""
         return []
@@ -123,9 +134,12 @@ class ConservativeMixin(OfflineMixin):
         optimizer.step()
 
     def _compute_gradients(self, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
-        """Set the gradients of an optimiser's parameters."""
+        """Set the gradients of an optimiser's parameters; the one door through which they come, averaged over ranks."""
         optimizer.zero_grad()
         loss.backward()
+        if self._ranks is not None:
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            self._ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
 
     def _measured_step(self, batch: Batch) -> MetricsVector:
         return MetricsVector.of(self._train_step(batch))
@@ -199,6 +213,9 @@ class ConservativeMixin(OfflineMixin):
 
         Returns:
             The model.
+
+        Raises:
+            ValueError: If this is one of several processes that ``torch.distributed`` or its launcher knows of.
         """
         name = type(self).__name__ if tb_log_name is None else tb_log_name
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
@@ -225,6 +242,10 @@ class CalibratedMixin(ConservativeMixin):
         # Whether values after truncated ends are to be estimated at the next step: whatever was adopted anew has none.
         self._tails_are_due = True
         super().__init__(*args, **kwargs)
+
+    def _follow_first_rank(self, ranks: Ranks, **asked: Any) -> None:
+        super()._follow_first_rank(ranks, **asked)
+        self._tails_are_due = True  # On every rank, whichever of them knew the dataset already.
 
     def _prepare_online_buffer(self) -> None:
         super()._prepare_online_buffer()
@@ -273,9 +294,11 @@ class CalibratedMixin(ConservativeMixin):
         is_due = self._tails_are_due or self._n_updates % _BOOTSTRAP_INTERVAL == 0
         if self.return_tail == "bootstrap" and is_due:
             self._tails_are_due = False
-            for buffer in (self.offline_buffer, self.replay_buffer):
-                if isinstance(buffer, ReturnsToGoMixin):
-                    buffer.recompute_returns(self._target_values, self._vec_normalize_env)
+            # The values are of sampled actions: one estimate for all ranks.
+            with nullcontext() if self._ranks is None else self._ranks.same_noise(self._n_updates):
+                for buffer in (self.offline_buffer, self.replay_buffer):
+                    if isinstance(buffer, ReturnsToGoMixin):
+                        buffer.recompute_returns(self._target_values, self._vec_normalize_env)
         batch = super().sample_batch(batch_size)
         if batch.returns_to_go is None:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -114,6 +115,14 @@ class MetricsMean:
         else:
             self._sums[metrics.names] = metrics.values.clone()
         self._counts[metrics.names] = self._counts.get(metrics.names, 0) + 1
+
+    def average(self, over_ranks: Callable[[list[th.Tensor]], None]) -> None:
+        """Replace the means by those over all ranks, which have done steps of the same kinds.
+
+        Args:
+            over_ranks: Replaces tensors by their means over the ranks.
+        """
+        over_ranks(list(self._sums.values()))
 
     def pop(self) -> dict[str, float]:
         """Return the means since the last call by name, in one transfer, and start anew."""

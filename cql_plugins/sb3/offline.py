@@ -17,6 +17,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import (
@@ -25,6 +26,7 @@ from stable_baselines3.common.preprocessing import (
     is_image_space_channels_first,
 )
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
@@ -35,6 +37,7 @@ from cql_plugins.returns import discounted_suffix_sum
 from cql_plugins.sb3.batches import Batch, concatenate
 from cql_plugins.sb3.buffers import ReturnsToGoMixin
 from cql_plugins.sb3.device_data import DeviceData
+from cql_plugins.sb3.distributed import Ranks, world_size
 from cql_plugins.sb3.metrics import MetricsMean
 
 SelfOffline = TypeVar("SelfOffline", bound="OfflineMixin")
@@ -106,6 +109,8 @@ class OfflineMixin(OffPolicyAlgorithm):
         self._offline_source: tuple[Any, ...] | None = None
         # The count of environment steps while gradient steps are the clock.
         self._num_timesteps_online: int | None = None
+        # The processes that train together, during such a `learn_offline`.
+        self._ranks: Ranks | None = None
         super().__init__(*args, **kwargs)
 
     # Data ------------------------------------------------------------------------------------------------------------
@@ -260,6 +265,15 @@ class OfflineMixin(OffPolicyAlgorithm):
         ``EvalCallback(eval_freq=1000)`` evaluates every 1000 gradient steps and learning-rate schedules advance with them. May
         be called again to go on.
 
+        In a process group of ``torch.distributed`` with more than one rank, and under ``torchrun``, which is joined by itself
+        (Gloo on the CPU, NCCL on GPUs), all ranks train one model, data-parallel. All of them must make the call. The model of
+        rank 0 counts: parameters, optimisers and counters are copied from it, then every rank draws ``batch_size / ranks``
+        transitions and noise of its own, and gradients are averaged: the parameters stay equal on all ranks. What is logged is
+        the mean over ranks. Only rank 0 logs, shows progress and runs callbacks; the others go as far as those let it. A rank
+        that fails makes the others fail, at the latest when the timeout of its group is over (30 minutes by torch's default),
+        which is also what a callback may take. ``device`` stays what the model was built with: on GPUs pass
+        ``f"cuda:{os.environ['LOCAL_RANK']}"``. Running statistics of batch normalisation stay each rank's own.
+
         Args:
             dataset: An ``OfflineDataset``, or an SB3 replay buffer; kept for ``learn`` to mix in.
             gradient_steps: How many gradient steps to do.
@@ -270,12 +284,23 @@ class OfflineMixin(OffPolicyAlgorithm):
 
         Returns:
             The model.
+
+        Raises:
+            ValueError: If ``gradient_steps`` is negative, or if the ranks cannot train this model together.
         """
         if gradient_steps < 0:
             raise ValueError(f"gradient_steps must not be negative; got {gradient_steps}.")
+        n_ranks = world_size()
+        if n_ranks > 1:
+            self._check_ranks(n_ranks)
         self.set_offline_data(dataset)
         name = f"{type(self).__name__}_offline" if tb_log_name is None else tb_log_name
         try:
+            if n_ranks > 1:
+                self._ranks = Ranks(self.device)
+                self._follow_first_rank(self._ranks, gradient_steps=gradient_steps, log_interval=log_interval)
+                if not self._ranks.is_first:
+                    callback, progress_bar = None, False
             listener = self._setup_learn_offline(gradient_steps, callback, name, progress_bar)
             total_timesteps = self._total_timesteps
             listener.on_training_start(
@@ -283,12 +308,15 @@ class OfflineMixin(OffPolicyAlgorithm):
                 globals(),
             )
             while self.num_timesteps < total_timesteps:
-                self.train(gradient_steps=1, batch_size=self.batch_size)
+                self.train(gradient_steps=1, batch_size=self.batch_size // n_ranks)
                 self._n_offline_steps += 1
                 self.num_timesteps = self._n_offline_steps
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
                 listener.update_locals({"self": self, "infos": [], "dones": np.zeros(0, dtype=bool)})
-                if not listener.on_step():
+                goes_on = listener.on_step()
+                if self._ranks is not None:
+                    goes_on = self._ranks.decision_of_first(goes_on)
+                if not goes_on:
                     break
                 if log_interval and self.num_timesteps % log_interval == 0:
                     self._dump_offline_logs()
@@ -297,7 +325,41 @@ class OfflineMixin(OffPolicyAlgorithm):
                 self._dump_offline_logs()
         finally:
             self._restore_online_clock()
+            if self._ranks is not None:
+                self._ranks.close()
+                self._ranks = None
         return self
+
+    def _check_ranks(self, n_ranks: int) -> None:
+        """Refuse what cannot be trained by several processes; a hook for algorithms with more to refuse."""
+        if self.batch_size % n_ranks:
+            raise ValueError(
+                "batch_size is the batch of all ranks together and must divide by their number; got "
+                f"batch_size={self.batch_size} and {n_ranks} ranks."
+            )
+
+    def _follow_first_rank(self, ranks: Ranks, **asked: Any) -> None:
+        """Take over from the first rank all that training goes on from, then draw other numbers than it does.
+
+        Args:
+            ranks: The processes.
+            **asked: What the ranks were asked for beside the model's own settings.
+        """
+        ranks.require_equal(algorithm=type(self).__name__, batch_size=self.batch_size, **asked)
+        self._restore_online_clock()  # as in `_setup_learn_offline`
+        variables = {name: recursive_getattr(self, name) for name in self._get_torch_save_params()[1]}
+        counters = {name: getattr(self, name) for name in ("_n_updates", "_n_offline_steps", "num_timesteps")}
+        first: tuple[Any, ...] = ranks.from_first((self.get_parameters(), variables, counters))
+        parameters, values, counts = first
+        if not ranks.is_first:
+            self.set_parameters(parameters)
+            with th.no_grad():
+                for name, variable in variables.items():
+                    variable.copy_(values[name])
+            for name, count in counts.items():
+                setattr(self, name, count)
+        self._metrics = MetricsMean()  # Steps that one rank did by itself have no part in the means over ranks.
+        ranks.separate_streams()
 
     def _setup_learn_offline(
         self, gradient_steps: int, callback: MaybeCallback, tb_log_name: str, progress_bar: bool
@@ -311,7 +373,10 @@ class OfflineMixin(OffPolicyAlgorithm):
             self.ep_success_buffer = deque(maxlen=self._stats_window_size)
         if not self._custom_logger:
             first = self._n_offline_steps == 0
-            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps=first)
+            if self._ranks is None or self._ranks.is_first:
+                self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps=first)
+            else:
+                self._logger = Logger(None, [])
         if isinstance(callback, list):
             callback = CallbackList(callback)
         if not isinstance(callback, BaseCallback):
@@ -343,6 +408,11 @@ class OfflineMixin(OffPolicyAlgorithm):
         return self._num_timesteps_online is not None
 
     def _dump_offline_logs(self) -> None:
+        if self._ranks is not None:
+            self._metrics.average(self._ranks.average)
+            if not self._ranks.is_first:
+                self._metrics.pop()
+                return
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         steps = self.num_timesteps - self._num_timesteps_at_start
         self.logger.record("time/gradient_steps", self.num_timesteps, exclude="tensorboard")
@@ -359,6 +429,12 @@ class OfflineMixin(OffPolicyAlgorithm):
     # The online phase --------------------------------------------------------------------------------------------------
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if (n_ranks := world_size()) > 1:
+            raise ValueError(
+                f"learn() is for one process, and this is one of {n_ranks} that torch.distributed or its launcher knows of: "
+                "each would collect and train for itself. Save the model on rank 0 after learn_offline, and call learn() in a "
+                "process that was started without torchrun."
+            )
         self._restore_online_clock()  # as in `_setup_learn_offline`
         if self.env is not None and self.replay_buffer is not None and self.replay_buffer.n_envs != self.env.num_envs:
             raise ValueError(
@@ -427,7 +503,8 @@ class OfflineMixin(OffPolicyAlgorithm):
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "offline_buffer", "_device_data", "_offline_source", "_metrics"]
+        own = ["offline_buffer", "_device_data", "_offline_source", "_metrics", "_ranks"]
+        return [*super()._excluded_save_params(), *own]
 
 
 def merged_signature(cls: type) -> inspect.Signature:
