@@ -81,6 +81,7 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from cql_plugins import ensembles
 from cql_plugins.adapters import OfflineDataset, to_d3rlpy, to_d3rlpy_model
 from cql_plugins.sb3 import CQL, CalQL
 
@@ -508,6 +509,9 @@ def specs(device: str) -> list[Spec]:
                     Spec(f"ours {host} Cal-QL {precision}{suffix}", kind, True, precision, captured),
                 ]
     found.append(Spec("ours SB3 Cal-QL f32, max backup", "ours-sb3", True, options={"max_q_backup": True}))
+    if not on_cuda:
+        drawn = {"cql_n_backward": 3 * N_ACTIONS + 1}
+        found += [Spec(f"ours SB3 CQL {p}, drawn", "ours-sb3", False, p, options=drawn) for p in ("f32", "bf16")]
     found.append(Spec("SB3 SAC", "sac"))
     return found
 
@@ -520,6 +524,7 @@ PAIRS = (
     ("ours d3rlpy CQL {}, compile_graph", "d3rlpy CQL, compile_graph"),
     ("ours SB3 CQL {}, compile", "d3rlpy CQL, compile_graph"),
     ("ours SB3 CQL bf16", "ours SB3 CQL f32"),
+    ("ours SB3 CQL {}, drawn", "ours SB3 CQL {}"),
     ("ours d3rlpy CQL bf16", "ours d3rlpy CQL f32"),
     ("ours SB3 Cal-QL f32, max backup", "ours SB3 Cal-QL f32"),
     ("d3rlpy Cal-QL", "d3rlpy CQL"),
@@ -674,14 +679,22 @@ def _sac(spec: Spec, shape: Shape, data: Data, source: Any, device: str) -> Cont
     return Contestant(spec, lambda: model.train(1, shape.batch), model, hooks, _operations(spec, shape))
 
 
-def rows_kept(contestant: Contestant, metrics: Any) -> float | None:
-    """The share of rows that went through the backward pass, where the contestant reports one."""
-    model = contestant.model
-    values = dict(metrics) if isinstance(metrics, dict) else {}
-    if contestant.spec.kind == "ours-sb3":
-        model._record_metrics()
-        values = dict(model.logger.name_to_value)
-    return next((float(v) for k, v in values.items() if "rows" in k or "kept" in k), None)
+def rows_kept(contestant: Contestant, updates: int = 3) -> float | None:
+    """The share of rows that went back through the critics in a few more updates of ours; ``None`` for the others."""
+    find, shares = ensembles._rows_that_matter, []
+
+    def watching(gradient: th.Tensor, *rest: Any) -> th.Tensor | None:
+        rows = find(gradient, *rest)
+        shares.append(1.0 if rows is None else len(rows) / gradient.shape[-2])
+        return rows
+
+    ensembles._rows_that_matter = watching
+    try:
+        for _ in range(updates):
+            contestant.step()
+    finally:
+        ensembles._rows_that_matter = find
+    return float(np.mean(shares)) if shares else None
 
 
 # Operations ------------------------------------------------------------------------------------------------------------
@@ -1312,7 +1325,7 @@ def run_shape(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     times, rates = run_rounds(contestants, products, arguments.rounds, device)
     rows, pairs = summarize(contestants, times, rates)
     for row, contestant in zip(rows, contestants, strict=True):
-        kept = rows_kept(contestant, contestant.step())
+        kept = rows_kept(contestant)
         if kept is not None:
             row["rows_kept"] = kept
         updates = contestant.block if device == "cuda" else max(1, min(contestant.block, 20))

@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--online-eval-every", type=int, default=1000)
     parser.add_argument("--eval-episodes", type=int, default=5)
     parser.add_argument("--precision", choices=PRECISIONS, default="f32")
+    parser.add_argument("--n-backward", type=int, help="actions of a state that the critics' gradient goes back through")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "runs")
@@ -191,7 +192,7 @@ def main() -> None:
             "offline": [],
             "online": {},
         }
-        options = copy.deepcopy(task.arguments) | {"precision": arguments.precision}
+        options = copy.deepcopy(task.arguments) | {"precision": arguments.precision, "cql_n_backward": arguments.n_backward}
         if arguments.cql_alpha is not None:
             options["cql_alpha"] = arguments.cql_alpha
         if arguments.algorithm == "tqc":
