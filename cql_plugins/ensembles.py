@@ -87,14 +87,9 @@ def evaluate_actions(
         )
     parameters = [parameter for layers in networks for layer in layers for parameter in (layer.weight, layer.bias)]
     dtype = th.float64 if parameters[0].dtype == th.float64 else _DTYPES[precision]
-    values: Tensor = _evaluate(features, actions.detach(), len(networks), dtype, n_backward, *parameters)
-    return values
-
-
-@th.compiler.disable  # type: ignore[untyped-decorator]
-def _evaluate(*arguments: Any) -> Tensor:
-    """Run the operation as it is also where a caller is compiled: what its backward pass leaves out is for it to decide."""
-    values: Tensor = _EvaluateActions.apply(*arguments)  # type: ignore[no-untyped-call]
+    values: Tensor = _EvaluateActions.apply(  # type: ignore[no-untyped-call]
+        features, actions.detach(), len(networks), dtype, n_backward, *parameters
+    )
     return values
 
 

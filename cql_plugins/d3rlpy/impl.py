@@ -117,6 +117,8 @@ class CQLImpl(HostCQLImpl):
         )
         self._options = config
         self._warned_of_clamp = False
+        # What d3rlpy compiles around it leaves it as it is.
+        self._evaluate_actions = th.compiler.disable(evaluate_actions) if compiled else evaluate_actions
 
     # The target ------------------------------------------------------------------------------------------------------
 
@@ -164,8 +166,8 @@ class CQLImpl(HostCQLImpl):
         actions = losses.propose_from_policy(policy.mean, policy.std, 1).actions
         return self._q_values(self._targ_q_func_forwarder, observations, actions).min(dim=0).values.squeeze(1)
 
-    @staticmethod
     def _q_values(
+        self,
         forwarder: ContinuousEnsembleQFunctionForwarder,
         observations: TorchObservation,
         actions: th.Tensor,
@@ -175,7 +177,7 @@ class CQLImpl(HostCQLImpl):
         batch_size, n_actions, action_size = actions.shape
         layers = _critic_layers(forwarder)
         if layers is not None and isinstance(observations, th.Tensor):
-            return evaluate_actions(layers, observations, actions, precision)[..., 0]
+            return self._evaluate_actions(layers, observations, actions, precision)[..., 0]
         repeated = flatten_left_recursively(expand_and_repeat_recursively(observations, n_actions), dim=1)
         values = forwarder.compute_expected_q(repeated, actions.reshape(-1, action_size), "none")
         return values.view(-1, batch_size, n_actions)
