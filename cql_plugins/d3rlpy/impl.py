@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch as th
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from d3rlpy.dataset import TransitionMiniBatch
 from d3rlpy.models.torch import (
     ContinuousEnsembleQFunctionForwarder,
     ContinuousMeanQFunction,
+    PixelEncoderWithAction,
     VectorEncoderWithAction,
     get_parameter,
 )
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 else:
     _ImplBase = object
 
+_PER_IMAGE = (nn.Conv2d, nn.ReLU)
+"""Modules that do the same to an image whatever else is in the batch, and how often it is."""
+
 ReturnsOf = Callable[[TransitionMiniBatch], Float32NDArray]
 """From a batch to its returns-to-go, shape ``(B, 1)``."""
 
@@ -51,17 +55,40 @@ def _with_returns(batch: TorchMiniBatch, returns_of: ReturnsOf) -> TorchMiniBatc
     return dataclasses.replace(batch, returns_to_go=returns)
 
 
-def _critic_layers(forwarder: ContinuousEnsembleQFunctionForwarder) -> list[list[nn.Linear]] | None:
-    """The critics' layers where they are plain perceptrons; not inside DistributedDataParallel, which watches its modules."""
+class _Critic(NamedTuple):
+    """A critic taken apart.
+
+    Attributes:
+        extract: From observations to their features, shape ``(B, ...)``; ``None`` where they are the features.
+        layers: The perceptron over features and action.
+    """
+
+    extract: nn.Module | None
+    layers: list[nn.Linear]
+
+
+def _critics(forwarder: ContinuousEnsembleQFunctionForwarder) -> list[_Critic] | None:
+    """The critics where they are plain perceptrons, over images after plain convolutions; ``None`` for all others.
+
+    Those inside ``DistributedDataParallel`` are others: it watches its modules.
+    """
     found = []
     for own in forwarder._forwarders:
         q_func = getattr(own, "_q_func", None)
-        if type(q_func) is not ContinuousMeanQFunction or type(q_func.encoder) is not VectorEncoderWithAction:
+        if type(q_func) is not ContinuousMeanQFunction:
             return None
-        layers = linear_layers(q_func.encoder._layers, q_func._fc)
-        if layers is None or q_func.encoder._discrete_action:
+        encoder: Any = q_func.encoder
+        extract: Any
+        if type(encoder) is VectorEncoderWithAction:
+            extract, perceptron = None, encoder._layers
+        elif type(encoder) is PixelEncoderWithAction and all(type(m) in _PER_IMAGE for m in encoder._cnn_layers.children()):
+            extract, perceptron = encoder._cnn_layers, encoder._last_layers
+        else:
             return None
-        found.append(layers)
+        layers = linear_layers(perceptron, q_func._fc)
+        if layers is None or encoder._discrete_action:
+            return None
+        found.append(_Critic(extract, layers))
     return found
 
 
@@ -175,12 +202,21 @@ class CQLImpl(HostCQLImpl):
     ) -> th.Tensor:
         """Evaluate ``M`` actions at each state in one pass: actions ``(B, M, A)``, values ``(C, B, M)``."""
         batch_size, n_actions, action_size = actions.shape
-        layers = _critic_layers(forwarder)
-        if layers is not None and isinstance(observations, th.Tensor):
-            return self._evaluate_actions(layers, observations, actions, precision)[..., 0]
+        critics = _critics(forwarder)
+        if critics is not None and isinstance(observations, th.Tensor):
+            if all(critic.extract is None for critic in critics):
+                return self._evaluate_actions([c.layers for c in critics], observations, actions, precision)[..., 0]
+            # Each critic has convolutions of its own, which see an image once and not once for each action.
+            values = []
+            for critic in critics:
+                assert critic.extract is not None
+                with th.autocast(actions.device.type, th.bfloat16, enabled=precision == "bf16"):
+                    features = critic.extract(observations)
+                values.append(self._evaluate_actions([critic.layers], features.flatten(1), actions, precision)[..., 0])
+            return th.cat(values)
         repeated = flatten_left_recursively(expand_and_repeat_recursively(observations, n_actions), dim=1)
-        values = forwarder.compute_expected_q(repeated, actions.reshape(-1, action_size), "none")
-        return values.view(-1, batch_size, n_actions)
+        expected = forwarder.compute_expected_q(repeated, actions.reshape(-1, action_size), "none")
+        return expected.view(-1, batch_size, n_actions)
 
     # The critic ------------------------------------------------------------------------------------------------------
 
