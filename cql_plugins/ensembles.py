@@ -15,7 +15,7 @@ dimension, ``H`` width of a layer, ``K`` outputs of a critic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch as th
@@ -31,6 +31,34 @@ _NEGLIGIBLE = {th.float64: 2.0**-53, th.float32: 2.0**-24, th.bfloat16: 2.0**-10
 _BLOCK = 1024
 _WORTH_GATHERING = 0.85
 """Above this share of rows, gathering them costs more than it saves."""
+
+
+class Workspace:
+    """Memory that one evaluation after another uses again.
+
+    An evaluation fills tens of megabytes. Given back to the operating system and asked for anew in each step, as the C library
+    does by default, they cost more than the arithmetic on some of them.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[Hashable, Tensor] = {}
+
+    def take(self, name: Hashable, rows: int, columns: int, dtype: th.dtype) -> Tensor:
+        """Get memory of that name, whatever it holds.
+
+        Args:
+            name: What was taken under it before is overwritten.
+            rows: Rows.
+            columns: Columns.
+            dtype: Type of the numbers.
+
+        Returns:
+            Shape ``(rows, columns)``, on the CPU.
+        """
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.dtype != dtype or buffer.numel() < rows * columns:
+            buffer = self._buffers[name] = th.empty(rows * columns, dtype=dtype)
+        return buffer[: rows * columns].view(rows, columns)
 
 
 def linear_layers(*parts: nn.Module) -> list[nn.Linear] | None:
@@ -58,6 +86,7 @@ def evaluate_actions(
     actions: Tensor,
     precision: Precision = "f32",
     n_backward: int | None = None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Evaluate several perceptrons of one shape at several actions of each state.
 
@@ -69,6 +98,7 @@ def evaluate_actions(
         n_backward: How many actions of a state the gradient goes back through on average, on the CPU: drawn in proportion to
             the size of their gradients and weighted by the inverse of their chance, so that the gradient is right in the mean.
             ``None`` for all that matter.
+        workspace: Memory to use again, on the CPU. What comes out can be differentiated until the next evaluation with it.
 
     Returns:
         Shape ``(C, B, M, K)``, float32 (float64 where the networks are).
@@ -88,7 +118,7 @@ def evaluate_actions(
     parameters = [parameter for layers in networks for layer in layers for parameter in (layer.weight, layer.bias)]
     dtype = th.float64 if parameters[0].dtype == th.float64 else _DTYPES[precision]
     values: Tensor = _EvaluateActions.apply(  # type: ignore[no-untyped-call]
-        features, actions.detach(), len(networks), dtype, n_backward, *parameters
+        features, actions.detach(), len(networks), dtype, n_backward, workspace, *parameters
     )
     return values
 
@@ -108,30 +138,34 @@ class _EvaluateActions(th.autograd.Function):
         n_critics: int,
         dtype: th.dtype,
         n_backward: int | None,
+        workspace: Workspace | None,
         *parameters: Tensor,
     ) -> Tensor:
         batch_size, n_actions, action_dim = actions.shape
         inputs = features.to(dtype), actions.reshape(-1, action_dim).to(dtype)
+        space = workspace if actions.device.type == "cpu" and not _stacks(parameters[0]) else None
         values, saved = [], []
-        for weights, biases in _groups(parameters, n_critics, dtype):
+        for group, (weights, biases) in enumerate(_groups(parameters, n_critics, dtype)):
             of_actions, of_state = _split_first(weights[0], features.shape[1])
-            hidden = inputs[1] @ of_actions.mT
+            hidden = _times(inputs[1], of_actions.mT.contiguous(), space, ("hidden", group, 0))
             hidden.unflatten(-2, (batch_size, n_actions)).add_(_affine(biases[0], inputs[0], of_state).unsqueeze(-2))
             saved.append(hidden.relu_())
-            for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
-                saved.append(_hidden_layer(bias, saved[-1], weight))
-            blocks = (_affine(biases[-1], part.to(biases[-1].dtype), weights[-1]) for part in _blocks(saved[-1], weights[-1]))
-            values.append(th.cat(list(blocks), dim=-2))
-        ctx.sizes = batch_size, n_actions, n_critics, len(values), dtype, n_backward
+            for layer, (weight, bias) in enumerate(zip(weights[1:-1], biases[1:-1], strict=True), start=1):
+                hidden = _times(saved[-1], weight.mT, space, ("hidden", group, layer))
+                saved.append(hidden.add_(bias.unsqueeze(-2)).relu_())
+            parts = (_affine(biases[-1], part, weights[-1]) for part in _in_type_of(biases[-1], saved[-1], space))
+            values.append(th.cat(list(parts), dim=-2))
+        ctx.sizes = batch_size, n_actions, n_critics, len(values), dtype, n_backward, space
+        # Whoever fills the workspace again before the backward pass is found out by torch, which counts the writes.
         ctx.save_for_backward(*inputs, *parameters, *saved)
         return th.stack(values).reshape(n_critics, batch_size, n_actions, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        batch_size, n_actions, n_critics, n_groups, dtype, n_backward = ctx.sizes
+        batch_size, n_actions, n_critics, n_groups, dtype, n_backward, space = ctx.sizes
         features, actions, *rest = ctx.saved_tensors
-        n_parameters = len(ctx.needs_input_grad) - 5
+        n_parameters = len(ctx.needs_input_grad) - 6
         parameters, saved = rest[:n_parameters], rest[n_parameters:]
         depth = len(saved) // n_groups
         gradient_features = th.zeros_like(features, dtype=gradient.dtype) if ctx.needs_input_grad[0] else None
@@ -146,19 +180,21 @@ class _EvaluateActions(th.autograd.Function):
             of_rows = actions
             if rows is not None:
                 upstream, of_rows = upstream[rows], actions[rows]
-                hiddens = [hidden[rows] for hidden in hiddens]
+                hiddens = [_rows_of(hidden, rows, space, ("rows", layer)) for layer, hidden in enumerate(hiddens)]
             # Last layer first: (gradient of the weight, of the bias) of each.
-            parts = zip(_blocks(upstream, weights[0]), _blocks(hiddens[-1], weights[-1]), strict=True)
-            of_output = [own.mT @ part.to(own.dtype) for own, part in parts]
+            blocks = upstream.split(_BLOCK) if space else (upstream,)
+            of_output = [own.mT @ part for own, part in zip(blocks, _in_type_of(upstream, hiddens[-1], space), strict=True)]
             pairs = [(of_output[0] if len(of_output) == 1 else th.stack(of_output).sum(0), upstream.sum(-2))]
-            flowing = upstream.to(dtype) @ weights[-1].to(dtype)
+            flowing = _times(upstream.to(dtype), weights[-1].to(dtype), space, ("flowing", depth % 2))
             for layer in range(depth - 1, 0, -1):
                 flowing = _through_relu(flowing, hiddens[layer])
                 pairs.append((flowing.mT @ hiddens[layer - 1], flowing.sum(-2)))
-                flowing = _times(flowing, weights[layer])
+                flowing = _times(flowing, weights[layer], space, ("flowing", layer % 2))
             flowing = _through_relu(flowing, hiddens[0])
             of_state = _sum_over_actions(flowing, rows, batch_size, n_actions)
-            pairs.append((th.cat((of_state.mT @ features, flowing.mT @ of_rows), dim=-1), of_state.sum(-2)))
+            # The narrow factor first: the other way round the BLAS takes many times as long.
+            of_first = th.cat((of_state.mT @ features, (of_rows.mT @ flowing).mT), dim=-1)
+            pairs.append((of_first, of_state.sum(-2)))
             if gradient_features is not None:
                 flowing = of_state @ _split_first(weights[0], features.shape[1])[1]
                 gradient_features += flowing.sum(0) if flowing.ndim == 3 else flowing
@@ -166,7 +202,7 @@ class _EvaluateActions(th.autograd.Function):
                 for tensor in pair:
                     for critic, own in enumerate(tensor) if n_groups == 1 < n_critics else ((group, tensor),):
                         gradients[critic].append(own.to(gradient.dtype))
-        return gradient_features, None, None, None, None, *(own for of_critic in gradients for own in of_critic)
+        return gradient_features, *(None for _ in range(5)), *(own for of_critic in gradients for own in of_critic)
 
 
 def _groups(parameters: Sequence[Tensor], n_critics: int, dtype: th.dtype) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -201,36 +237,26 @@ def _affine(bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
     return th.baddbmm(bias.unsqueeze(-2), inputs.expand(len(weight), *inputs.shape[-2:]), weight.mT)
 
 
-def _hidden_layer(bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
-    """An affine map and its rectified linear units; oneDNN does both at once and, in float32, often faster than the BLAS."""
-    if _has_onednn(inputs):
-        output: Tensor = th.ops.mkldnn._linear_pointwise(inputs, weight, bias, "relu", [], None)
-        return output
-    return _affine(bias, inputs, weight).relu_()
+def _times(inputs: Tensor, weight: Tensor, space: Workspace | None, name: Hashable) -> Tensor:
+    """``inputs @ weight``, into the workspace where there is one."""
+    if space is None:
+        return inputs @ weight
+    return th.mm(inputs, weight, out=space.take(name, len(inputs), weight.shape[1], inputs.dtype))
 
 
-def _times(inputs: Tensor, weight: Tensor) -> Tensor:
-    """``inputs @ weight``."""
-    if _has_onednn(inputs):
-        output: Tensor = th.ops.mkldnn._linear_pointwise(inputs, weight.mT, None, "none", [], None)
-        return output
-    return inputs @ weight
+def _rows_of(tensor: Tensor, rows: Tensor, space: Workspace | None, name: Hashable) -> Tensor:
+    if space is None:
+        return tensor[rows]
+    return th.index_select(tensor, 0, rows, out=space.take(name, len(rows), tensor.shape[1], tensor.dtype))
 
 
-def _has_onednn(inputs: Tensor) -> bool:
-    return (
-        inputs.device.type == "cpu"
-        and inputs.ndim == 2
-        and len(inputs) > 0
-        and inputs.dtype in (th.float32, th.bfloat16)
-        and th.backends.mkldnn.is_available()
-        and hasattr(th.ops.mkldnn, "_linear_pointwise")
-    )
-
-
-def _blocks(rows: Tensor, weight: Tensor) -> Sequence[Tensor]:
-    """Cut rows into blocks where they are to be converted to another type on the CPU: these stay in its caches."""
-    return rows.split(_BLOCK, dim=-2) if len(rows) and rows.device.type == "cpu" and rows.dtype != weight.dtype else (rows,)
+def _in_type_of(other: Tensor, rows: Tensor, space: Workspace | None) -> Iterator[Tensor]:
+    """Convert rows to the type of another tensor, block by block where there is a workspace: these stay in the caches."""
+    if space is None:
+        yield rows.to(other.dtype)
+        return
+    for part in rows.split(_BLOCK):
+        yield part if part.dtype == other.dtype else space.take("block", part.shape[0], part.shape[1], other.dtype).copy_(part)
 
 
 def _through_relu(gradient: Tensor, output: Tensor) -> Tensor:

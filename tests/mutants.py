@@ -216,10 +216,12 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "states-part-of-another-state": (ENSEMBLES, "rows.div(n_actions,", "rows.div(n_actions + 1,"),
     "output-layer-in-bf16": (
         ENSEMBLES,
-        "_affine(biases[-1], saved[-1].to(biases[-1].dtype), weights[-1])",
-        "_affine(biases[-1].to(dtype), saved[-1], weights[-1].to(dtype)).float()",
+        "(_affine(biases[-1], part, weights[-1]) for part in _in_type_of(biases[-1], saved[-1], space))",
+        "(_affine(biases[-1].to(dtype), part, weights[-1].to(dtype)).float() for part in (saved[-1],))",
     ),
     "features-gradient-lost": (ENSEMBLES, "gradient_features += ", "gradient_features = gradient_features * "),
+    "workspace-mixes-layers": (ENSEMBLES, '("hidden", group, layer)', '("hidden", group, 1)'),
+    "workspace-mixes-flows": (ENSEMBLES, '("flowing", layer % 2)', '("flowing", depth % 2)'),
     "targets-in-bf16": (
         CQL_CLASS,
         "self._critic_outputs(self.critic_target, observations, actions)",

@@ -10,7 +10,7 @@ import torch as th
 from torch import nn
 
 from cql_plugins import ensembles
-from cql_plugins.ensembles import evaluate_actions, linear_layers
+from cql_plugins.ensembles import Workspace, evaluate_actions, linear_layers
 
 FEATURES, ACTIONS = 5, 3
 
@@ -159,6 +159,45 @@ class TestGradients:
         values = evaluate_actions(layers_of(make_networks()), features, actions.requires_grad_())
         values.sum().backward()
         assert actions.grad is None
+
+
+class TestWorkspace:
+    @pytest.mark.parametrize("precision", ["f32", "bf16"])
+    @pytest.mark.parametrize("scale", [1.0, 1000.0])
+    def test_changes_nothing(self, scale: float, precision: Any) -> None:
+        networks = make_networks(widths=(16, 16, 16), dtype=th.float32)
+        workspace = Workspace()
+        for n_states in (200, 40, 200):  # More rows than a block, fewer, and more again in memory that was used.
+            features, actions = make_inputs(n_states, 31, th.float32)
+            values = [
+                evaluate_actions(layers_of(networks), features, actions, precision, workspace=space)
+                for space in (None, workspace)
+            ]
+            assert th.allclose(*values, rtol=0, atol=1e-6 if precision == "f32" else 2**-7)
+            ours, theirs = (gradients(soft_gap(value, scale), networks) for value in reversed(values))
+            for own, their in zip(ours, theirs, strict=True):
+                size = max(1.0, float(their.abs().max()))
+                assert th.allclose(own, their, rtol=0, atol=(1e-5 if precision == "f32" else 2**-6) * size)
+
+    def test_takes_no_new_memory(self) -> None:
+        networks = make_networks(dtype=th.float32)
+        workspace = Workspace()
+        held = []
+        for _ in range(3):
+            values = evaluate_actions(layers_of(networks), *make_inputs(50, 31, th.float32), workspace=workspace)
+            gradients(soft_gap(values), networks)
+            held.append({name: buffer.data_ptr() for name, buffer in workspace._buffers.items()})
+        assert held[0] == held[1] == held[2]
+        assert len(held[0]) == 6, "two hidden layers of two critics, and two for what flows back"
+
+    def test_a_later_evaluation_is_found_out(self) -> None:
+        networks = make_networks(dtype=th.float32)
+        workspace = Workspace()
+        first, _ = (
+            evaluate_actions(layers_of(networks), *make_inputs(dtype=th.float32), workspace=workspace) for _ in range(2)
+        )
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            first.sum().backward()
 
 
 class TestDrawnBackward:

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cql_plugins import losses
-from cql_plugins.ensembles import Precision, evaluate_actions, linear_layers
+from cql_plugins.ensembles import Precision, Workspace, evaluate_actions, linear_layers
 from cql_plugins.losses import Calibration, Gaussian, Penalty
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ class CQLImpl(HostCQLImpl):
         )
         self._options = config
         self._warned_of_clamp = False
+        self._workspace = Workspace()
         # What d3rlpy compiles around it leaves it as it is.
         self._evaluate_actions = th.compiler.disable(evaluate_actions) if compiled else evaluate_actions
 
@@ -205,7 +206,8 @@ class CQLImpl(HostCQLImpl):
         critics = _critics(forwarder)
         if critics is not None and isinstance(observations, th.Tensor):
             if all(critic.extract is None for critic in critics):
-                return self._evaluate_actions([c.layers for c in critics], observations, actions, precision)[..., 0]
+                layers = [critic.layers for critic in critics]
+                return self._evaluate_actions(layers, observations, actions, precision, workspace=self._workspace)[..., 0]
             # Each critic has convolutions of its own, which see an image once and not once for each action.
             values = []
             for critic in critics:

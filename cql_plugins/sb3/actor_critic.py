@@ -22,7 +22,7 @@ from stable_baselines3.common.utils import FloatSchedule, polyak_update, update_
 from torch.distributions import Normal
 
 from cql_plugins import losses
-from cql_plugins.ensembles import Precision, evaluate_actions, linear_layers
+from cql_plugins.ensembles import Precision, Workspace, evaluate_actions, linear_layers
 from cql_plugins.losses import Calibration, CQLVariant, Gaussian, Penalty, ProposedActions
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.conservative import CalibratedMixin, ConservativeMixin
@@ -62,6 +62,7 @@ def critic_outputs(
     actions: th.Tensor,
     precision: Precision = "f32",
     n_backward: int | None = None,
+    workspace: Workspace | None = None,
 ) -> th.Tensor:
     """Evaluate several actions at each state in one forward pass, with the features extracted once per state.
 
@@ -71,6 +72,7 @@ def critic_outputs(
         actions: Shape ``(B, M, A)``, without gradient.
         precision: Of all but the output layer.
         n_backward: See :func:`~cql_plugins.ensembles.evaluate_actions`.
+        workspace: See there.
 
     Returns:
         Shape ``(C, B, M, K)``.
@@ -85,7 +87,7 @@ def critic_outputs(
     layers = [linear_layers(q_network) for q_network in critic.q_networks]
     # A single action on the CPU gains nothing, and stays SB3's own product to the last bit.
     if all(layers) and (n_actions > 1 or actions.is_cuda):
-        return evaluate_actions([own for own in layers if own], features, actions, precision, n_backward)
+        return evaluate_actions([own for own in layers if own], features, actions, precision, n_backward, workspace)
     features = features.float().unsqueeze(1).expand(batch_size, n_actions, features.shape[1])
     inputs = th.cat((features, actions), dim=2).reshape(batch_size * n_actions, -1)
     if precision == "f32":
@@ -193,11 +195,21 @@ class ConservativeActorCritic(ConservativeMixin):
         self.log_cql_lagrange: th.Tensor | None = None
         self.cql_lagrange_optimizer: th.optim.Adam | None = None
         self._warned_of_clamp = False
+        self._workspace = Workspace()
         super().__init__(*args, cql_alpha=cql_alpha, **kwargs)
 
     # What a base class says of its critics ------------------------------------------------------------------------------
 
-    _critic_outputs = staticmethod(critic_outputs)
+    def _critic_outputs(
+        self,
+        critic: Any,
+        observations: th.Tensor | TensorDict,
+        actions: th.Tensor,
+        precision: Precision = "f32",
+        n_backward: int | None = None,
+    ) -> th.Tensor:
+        """See :func:`critic_outputs`; what comes out can be differentiated until the next call."""
+        return critic_outputs(critic, observations, actions, precision, n_backward, self._workspace)
 
     @abstractmethod
     def _q_values(self, outputs: th.Tensor) -> th.Tensor:
@@ -468,6 +480,9 @@ class ConservativeActorCritic(ConservativeMixin):
                 "a flat Q has gap 0.",
                 stacklevel=2,
             )
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_workspace"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

@@ -122,16 +122,28 @@ def make_capturable(optimizer: th.optim.Optimizer) -> None:
                 own.fill_(rate)
                 group["_rate_value"] = rate
             group["lr"] = own
-        if not (group["capturable"] and group.get("fused")):
-            group["capturable"], group["foreach"], group["fused"] = True, None, True
-            for parameter in group["params"]:
-                state = optimizer.state.get(parameter, {})
-                if "step" in state:
-                    state["step"] = th.as_tensor(state["step"], dtype=th.float32).to(device)
+        group["capturable"] = True
+    make_fused(optimizer)
+
+
+def make_fused(optimizer: th.optim.Optimizer) -> None:
+    """Let an optimiser step all its parameters in one kernel, where it can.
+
+    Args:
+        optimizer: Changed. Results are those of the plain form up to rounding.
+    """
+    for group in optimizer.param_groups:
+        if "fused" not in group or group["fused"]:
+            continue  # An optimiser that has no such form, or done already.
+        group["fused"], group["foreach"] = True, None
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = th.as_tensor(state["step"], dtype=th.float32).to(parameter.device)
 
 
 def portable_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Undo :func:`make_capturable` in an optimiser's state dict, so that the base class loads it on any device.
+    """Undo the above in an optimiser's state dict, so that the base class loads it on any device.
 
     Args:
         state: From ``optimizer.state_dict()``; not changed.
@@ -141,8 +153,10 @@ def portable_state(state: dict[str, Any]) -> dict[str, Any]:
         own = {key: value for key, value in group.items() if key not in ("_rate", "_rate_value")}
         if "_rate_value" in group:
             own["lr"] = group["_rate_value"]
+        if own.get("fused"):
+            own["fused"] = None
         if own.get("capturable"):
-            own["capturable"], own["fused"] = False, None
+            own["capturable"] = False
         groups.append(own)
     steps = {
         index: {**values, "step": values["step"].cpu()} if isinstance(values.get("step"), th.Tensor) else values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from cql_plugins.ensembles import PRECISIONS, Precision
 from cql_plugins.returns import RETURN_TAILS, ReturnTail
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
-from cql_plugins.sb3.captured import CapturedSteps, is_capturable, make_capturable, portable_state
+from cql_plugins.sb3.captured import CapturedSteps, is_capturable, make_capturable, make_fused, portable_state
 from cql_plugins.sb3.distributed import Ranks
 from cql_plugins.sb3.metrics import MetricsVector
 from cql_plugins.sb3.offline import OfflineMixin
@@ -99,7 +100,13 @@ class ConservativeMixin(OfflineMixin):
             self._logger = configure_logger(self.verbose, self.tensorboard_log, type(self).__name__)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers())
-        step = self._captured() if self.compile and self.device.type == "cuda" else self._measured_step
+        step: Callable[[Batch], MetricsVector] = self._measured_step
+        if self.compile and self.device.type == "cuda":
+            step = self._captured()
+        elif self.precision != "f32" or self.device.type == "cuda":
+            # In single precision on the CPU the steps are the base class's, to the last bit.
+            for optimizer in self._all_optimizers():
+                make_fused(optimizer)
         for _ in range(gradient_steps):
             self._metrics.update(step(self.sample_batch(batch_size)))
             self._n_updates += 1

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from cql_plugins.sb3 import CQL, CQLQRDQN, CQLTQC, CalQL, CalQLQRDQN, CalQLTQC, DiscreteCalQL, DiscreteCQL
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import with_returns_to_go
-from cql_plugins.sb3.captured import CapturedSteps, make_capturable, portable_state
+from cql_plugins.sb3.captured import CapturedSteps, make_capturable, make_fused, portable_state
 from cql_plugins.sb3.device_data import DeviceData
 from cql_plugins.sb3.metrics import MetricsVector
 
@@ -271,6 +271,27 @@ class TestOptimisers:
         make_capturable(optimizer)
         assert group["lr"] is rate
         assert float(rate) == pytest.approx(0.05)
+
+    @pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.SGD, th.optim.RMSprop])
+    def test_fused_steps_are_the_plain_ones_up_to_rounding(self, optimizer_class: Any) -> None:
+        after = []
+        for fused in (False, True):
+            parameter = th.nn.Parameter(th.linspace(-1, 1, 30))
+            optimizer = optimizer_class([parameter], lr=0.01)
+            for i in range(6):
+                if fused and i == 3:  # In the middle of a run.
+                    make_fused(optimizer)
+                parameter.grad = th.linspace(1, 2, 30) * (i + 1)
+                optimizer.step()
+            after.append(parameter.detach())
+            assert bool(optimizer.param_groups[0].get("fused")) == (fused and optimizer_class is not th.optim.RMSprop)
+        assert th.allclose(*after, rtol=0, atol=1e-6)
+
+    def test_only_bf16_fuses_on_the_cpu(self) -> None:
+        for precision, fused in (("f32", False), ("bf16", True)):
+            model = make_model(CQL, precision=precision)
+            model.train(1, 16)
+            assert {bool(group["fused"]) for o in model._all_optimizers() for group in o.param_groups} == {fused}
 
     def test_saved_state_is_the_plain_one(self) -> None:
         def trained(capturable: bool) -> tuple[Any, dict[str, Any]]:
