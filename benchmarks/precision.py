@@ -1,8 +1,9 @@
 """What precision and the drawn backward pass do to learning: tables, and a figure of score, Q of the data and gap.
 
-    python benchmarks/train.py halfcheetah-replay --seed 0 --steps 20000 --precision f32 --results benchmarks/results/precision/f32
-    python benchmarks/train.py halfcheetah-replay --seed 0 --steps 20000 --precision bf16 --results benchmarks/results/precision/bf16
-    python benchmarks/train.py halfcheetah-replay --seed 0 --steps 20000 --n-backward 31 --results benchmarks/results/precision/drawn
+    out=benchmarks/results/precision; run="python benchmarks/train.py halfcheetah-replay --steps 20000 --seed 0"
+    $run --precision f32 --results $out/f32
+    $run --precision bf16 --results $out/bf16
+    $run --n-backward 31 --results $out/drawn
     python benchmarks/precision.py
 
 and the other seeds. An arm is a folder; runs that are not there are left out.
