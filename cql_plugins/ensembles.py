@@ -15,7 +15,7 @@ dimension, ``H`` width of a layer, ``K`` outputs of a critic.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch as th
@@ -26,8 +26,11 @@ Precision = Literal["f32", "bf16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 _DTYPES = {"f32": th.float32, "bf16": th.bfloat16}
-_NEGLIGIBLE = {th.float64: 2.0**-53, th.float32: 2.0**-24, th.bfloat16: 2.0**-10}
-"""Share of a state's largest gradient that the left out rows of the state may have together: below what rounding changes."""
+_NEGLIGIBLE = {th.float64: 2.0**-53, th.float32: 2.0**-24, th.bfloat16: 2.0**-16}
+"""Share of a state's largest gradient that the left out rows of the state may have together: below what rounding changes.
+
+Far below in bfloat16: its rounding averages out over a batch, what is left out does not.
+"""
 _BLOCK = 1024
 _WORTH_GATHERING = 0.85
 """Above this share of rows, gathering them costs more than it saves."""
@@ -55,29 +58,48 @@ class Workspace:
         Returns:
             Shape ``(rows, columns)``, on the CPU.
         """
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.dtype != dtype or buffer.numel() < rows * columns:
-            buffer = self._buffers[name] = th.empty(rows * columns, dtype=dtype)
+        # By type, too: targets in float32 and a training pass in bfloat16 take turns.
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < rows * columns:
+            buffer = self._buffers[name, dtype] = th.empty(rows * columns, dtype=dtype)
         return buffer[: rows * columns].view(rows, columns)
 
 
+def perceptrons(critics: Iterable[Sequence[nn.Module]]) -> list[list[nn.Linear]] | None:
+    """Read critics that are perceptrons of one shape, which is what :func:`evaluate_actions` takes.
+
+    Args:
+        critics: For each the modules that it applies one after the other.
+
+    Returns:
+        The layers of each; ``None`` where any is something else, see :func:`linear_layers`, or their shapes differ.
+    """
+    found = [linear_layers(*parts) for parts in critics]
+    shapes = {None if layers is None else tuple(layer.weight.shape for layer in layers) for layers in found}
+    return [layers for layers in found if layers] if len(shapes) == 1 and None not in shapes else None
+
+
 def linear_layers(*parts: nn.Module) -> list[nn.Linear] | None:
-    """Read a perceptron with rectified linear units, the form that :func:`evaluate_actions` knows.
+    """Read a perceptron with rectified linear units.
 
     Args:
         *parts: The modules that a critic applies one after the other.
 
     Returns:
-        Its layers, two at least; ``None`` where it is anything else (other activations, normalisation, hooks).
+        Its layers, two at least; ``None`` where it is anything else (other activations, normalisation, subclasses, hooks).
     """
-    modules = [module for part in parts for module in (part if isinstance(part, nn.Sequential) else (part,))]
+    modules = [module for part in parts for module in (part if type(part) is nn.Sequential else (part,))]
     layers = [module for module in modules[::2] if type(module) is nn.Linear and module.bias is not None]
     is_known = len(modules) >= 3 and len(layers) == (len(modules) + 1) // 2 and len(modules) % 2 == 1
     if not is_known or any(type(module) is not nn.ReLU for module in modules[1::2]):
         return None
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (*parts, *modules)):
-        return None
-    return layers
+    return None if any(_is_watched(module) for module in (*parts, *modules)) else layers
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants the module itself to run: hooks, or a ``forward`` of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def evaluate_actions(
@@ -91,7 +113,7 @@ def evaluate_actions(
     """Evaluate several perceptrons of one shape at several actions of each state.
 
     Args:
-        networks: The layers of each critic, see :func:`linear_layers`; the first takes features and action, concatenated.
+        networks: The layers of each critic, see :func:`perceptrons`; the first takes features and action, concatenated.
         features: Shape ``(B, F)``; differentiated where it requires a gradient.
         actions: Shape ``(B, M, A)``; never differentiated.
         precision: ``"bf16"`` computes all but the output layer with bfloat16 numbers (sums are float32 in both).
@@ -289,6 +311,8 @@ def _thin_out(gradient: Tensor, n_actions: int, n_backward: int) -> Tensor:
         return gradient  # A graph cannot depend on how many are left.
     size = gradient.abs().amax(-1).unflatten(0, (-1, n_actions))
     chance = (n_backward * size / size.sum(1, keepdim=True).clamp_min(th.finfo(size.dtype).tiny)).clamp_max(1.0)
+    # Without those whose inverse is no number any more; all together they are below rounding.
+    chance = th.where(chance < 2.0**-24 / n_actions, 0.0, chance)
     stays = th.rand_like(chance) < chance
     factor = th.where(stays, 1.0 / chance, 0.0).reshape(-1, 1)
     return gradient * factor
@@ -317,4 +341,4 @@ def _rows_that_matter(gradient: Tensor, n_actions: int, dtype: th.dtype) -> Tens
     return rows if len(rows) < _WORTH_GATHERING * len(gradient) else None
 
 
-__all__ = ["PRECISIONS", "Precision", "evaluate_actions", "linear_layers"]
+__all__ = ["PRECISIONS", "Precision", "Workspace", "evaluate_actions", "linear_layers", "perceptrons"]

@@ -25,6 +25,7 @@ LOSSES, ACTOR_CRITIC, RETURNS, BUFFERS = (
 )
 D3RLPY = "cql_plugins/d3rlpy/"
 Q_LEARNING, QRDQN, TQC, CONSERVATIVE = (f"cql_plugins/sb3/{name}.py" for name in ("q_learning", "qrdqn", "tqc", "conservative"))
+OF_SPEED = {"discrete-targets-in-bf16", "takes-a-users-network-apart"}
 ENSEMBLES = "cql_plugins/ensembles.py"
 CAPTURED, DEVICE_DATA, CQL_CLASS = (f"cql_plugins/sb3/{name}.py" for name in ("captured", "device_data", "cql"))
 FRAMES, SHARED, STORAGE = "adapters/frames.py", "cql_plugins/sb3/shared_buffer.py", "adapters/_storage.py"
@@ -212,6 +213,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "leaves-out-rows-that-matter": (ENSEMBLES, "th.float32: 2.0**-24", "th.float32: 2.0**3"),
     "drops-what-is-not-a-number": (ENSEMBLES, ".logical_not().flatten()", ".logical_not().logical_and(size > 0).flatten()"),
     "draws-without-weight": (ENSEMBLES, "th.where(stays, 1.0 / chance, 0.0)", "stays.to(gradient.dtype)"),
+    "draws-what-has-no-chance": (ENSEMBLES, "chance = th.where(chance < 2.0**-24 / n_actions, 0.0, chance)", "pass"),
+    "takes-a-users-network-apart": (Q_LEARNING, "type(network).forward is not self._network_class.forward", "False"),
+    "graphs-of-tensors-that-are-gone": (CAPTURED, "if surroundings != self._surroundings:", "if False:"),
     "draws-uniformly": (ENSEMBLES, "stays = th.rand_like(chance) < chance", "stays = th.rand_like(chance) < 0.5"),
     "states-part-of-another-state": (ENSEMBLES, "rows.div(n_actions,", "rows.div(n_actions + 1,"),
     "output-layer-in-bf16": (
@@ -229,9 +233,13 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "discrete-targets-in-bf16": (Q_LEARNING, " or not th.is_grad_enabled():", ":"),
     "old-returns-on-the-device": (DEVICE_DATA, "if self._returns_version != self._current_returns_version:", "if False:"),
-    "old-statistics-on-the-device": (DEVICE_DATA, "known is None or known[0] != rms.count", "known is None"),
+    "old-statistics-on-the-device": (
+        DEVICE_DATA,
+        "not (np.array_equal(known[0], rms.mean) and np.array_equal(known[1], rms.var))",
+        "False",
+    ),
     "old-batch-in-the-graph": (CAPTURED, "        th._foreach_copy_(", "        (lambda *_: None)("),
-    "one-graph-for-all": (CAPTURED, "kind = (self._key(), ", "kind = (0, "),
+    "one-graph-for-all": (CAPTURED, "kind = (self._kind(), ", "kind = (0, "),
     "saves-the-devices-rate": (CAPTURED, 'own["lr"] = group["_rate_value"]', "pass"),
     "no-wait-in-a-step": (ACTOR_CRITIC, "validate_args=False", "validate_args=True"),
 }
@@ -258,7 +266,7 @@ def survives(name: str) -> bool:
             tests.append("tests/adapters/test_models.py")
         if path in (Q_LEARNING, QRDQN, TQC):
             tests = ["tests/sb3/test_bases.py"]
-        if path in (ENSEMBLES, CAPTURED, DEVICE_DATA, CQL_CLASS) or name == "discrete-targets-in-bf16":
+        if path in (ENSEMBLES, CAPTURED, DEVICE_DATA, CQL_CLASS) or name in OF_SPEED:
             tests = ["tests/test_ensembles.py", "tests/sb3/test_speed_options.py"]
         if path in (FRAMES, SHARED, STORAGE):
             tests = [f"tests/adapters/test_{topic}.py" for topic in ("frames", "shared", "storage")]

@@ -10,7 +10,7 @@ import torch as th
 from torch import nn
 
 from cql_plugins import ensembles
-from cql_plugins.ensembles import Workspace, evaluate_actions, linear_layers
+from cql_plugins.ensembles import Workspace, evaluate_actions, linear_layers, perceptrons
 
 FEATURES, ACTIONS = 5, 3
 
@@ -184,11 +184,12 @@ class TestWorkspace:
         workspace = Workspace()
         held = []
         for _ in range(3):
-            values = evaluate_actions(layers_of(networks), *make_inputs(50, 31, th.float32), workspace=workspace)
+            with th.no_grad():  # targets in between
+                evaluate_actions(layers_of(networks), *make_inputs(50, 10, th.float32), workspace=workspace)
+            values = evaluate_actions(layers_of(networks), *make_inputs(50, 31, th.float32), "bf16", workspace=workspace)
             gradients(soft_gap(values), networks)
             held.append({name: buffer.data_ptr() for name, buffer in workspace._buffers.items()})
         assert held[0] == held[1] == held[2]
-        assert len(held[0]) == 6, "two hidden layers of two critics, and two for what flows back"
 
     def test_a_later_evaluation_is_found_out(self) -> None:
         networks = make_networks(dtype=th.float32)
@@ -246,6 +247,16 @@ class TestDrawnBackward:
             assert set(thinned[[1, 2]].tolist()) <= {0.0, 5.0}, "a chance of 0.2"
             assert (thinned[[3, 5, 6, 7]] == 0).all()
 
+    def test_gradients_stay_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rows next to nothing have a chance next to nothing, whose inverse is none; and a draw may be 0."""
+        rows = th.tensor([[0.01], [1e-42], [1e-30], [1e-44], [5e-9], [0.0]])
+        monkeypatch.setattr(th, "rand_like", th.zeros_like)
+        thinned = ensembles._thin_out(rows, 6, 2).squeeze(1)
+        assert thinned.isfinite().all()
+        assert thinned[0] == rows[0, 0]
+        assert thinned[[1, 2, 3, 5]].tolist() == [0.0] * 4
+        assert thinned[4] == pytest.approx(0.01 / 2, rel=1e-3), "a chance of a millionth, and it was met"
+
     def test_more_rows_than_there_are_is_exact_for_equal_ones(self) -> None:
         rows = th.full((12, 1), 0.3)
         assert th.equal(ensembles._thin_out(rows, 4, 4), rows)
@@ -291,8 +302,34 @@ class TestDoor:
             nn.Linear(3, 1),
         ]
         assert [linear_layers(other) for other in others] == [None] * len(others)
-        perceptron[1].register_forward_hook(lambda *_: None)
-        assert linear_layers(perceptron) is None
+
+    def test_leaves_alone_what_has_a_way_of_its_own(self) -> None:
+        class Doubling(nn.Sequential):
+            def forward(self, inputs: th.Tensor) -> th.Tensor:
+                return 2 * super().forward(inputs)
+
+        assert linear_layers(Doubling(*make_networks(1)[0])) is None
+        watches: list[Any] = [
+            lambda network: network[1].register_forward_hook(lambda *_: None),
+            lambda network: network.register_forward_pre_hook(lambda *_: None),
+            lambda network: network[0].register_full_backward_hook(lambda *_: None),
+            lambda network: network[2].register_full_backward_pre_hook(lambda *_: None),
+            lambda network: setattr(network[0], "forward", lambda inputs: inputs),
+        ]
+        for watch in watches:
+            network = make_networks(1)[0]
+            assert linear_layers(network) is not None
+            watch(network)
+            assert linear_layers(network) is None
+
+    def test_takes_critics_of_one_shape(self) -> None:
+        alike, wider, deeper = make_networks(2), make_networks(1, (16, 13)), make_networks(1, (16, 12, 12))
+        found = perceptrons((network,) for network in alike)
+        assert found is not None
+        assert [len(layers) for layers in found] == [3, 3]
+        assert perceptrons((network,) for network in alike + wider) is None
+        assert perceptrons((network,) for network in alike + deeper) is None
+        assert perceptrons([(alike[0],), (nn.Tanh(),)]) is None
 
     @pytest.mark.parametrize(
         ("features", "actions", "words"),

@@ -53,7 +53,8 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
         offline_fraction: Share of logged data in the batches of ``fit_online``, or ``"proportional"`` to the sizes.
         conventions: ``"paper"`` or ``"d3rlpy"``, see above.
         precision: ``"bf16"`` computes the hidden layers of the critics' training pass with bfloat16 numbers. Output layers,
-            losses, targets, parameters and optimisers stay float32. For vector observations and plain Q-functions.
+            losses, targets, parameters and optimisers stay float32. For perceptrons with rectified linear units, over images
+            after plain convolutions, in one process; other critics stay float32 throughout.
 
     Raises:
         ValueError: If a field is out of its range.

@@ -22,7 +22,7 @@ from stable_baselines3.common.utils import FloatSchedule, polyak_update, update_
 from torch.distributions import Normal
 
 from cql_plugins import losses
-from cql_plugins.ensembles import Precision, Workspace, evaluate_actions, linear_layers
+from cql_plugins.ensembles import Precision, Workspace, evaluate_actions, perceptrons
 from cql_plugins.losses import Calibration, CQLVariant, Gaussian, Penalty, ProposedActions
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.conservative import CalibratedMixin, ConservativeMixin
@@ -84,19 +84,26 @@ def critic_outputs(
         th.autocast(actions.device.type, th.bfloat16, enabled=precision == "bf16"),
     ):
         features = critic.extract_features(observations, critic.features_extractor)
-    layers = [linear_layers(q_network) for q_network in critic.q_networks]
+    layers = perceptrons((q_network,) for q_network in critic.q_networks)
     # A single action on the CPU gains nothing, and stays SB3's own product to the last bit.
-    if all(layers) and (n_actions > 1 or actions.is_cuda):
-        return evaluate_actions([own for own in layers if own], features, actions, precision, n_backward, workspace)
-    features = features.float().unsqueeze(1).expand(batch_size, n_actions, features.shape[1])
+    if layers is not None and (n_actions > 1 or actions.is_cuda):
+        return evaluate_actions(layers, features, actions, precision, n_backward, workspace)
+    features = features.to(actions.dtype).unsqueeze(1).expand(batch_size, n_actions, features.shape[1])
     inputs = th.cat((features, actions), dim=2).reshape(batch_size * n_actions, -1)
     if precision == "f32":
         outputs = [q_network(inputs) for q_network in critic.q_networks]
     else:
-        with th.autocast(actions.device.type, th.bfloat16):
-            hidden = [q_network[:-1](inputs) for q_network in critic.q_networks]
-        outputs = [q_network[-1](own.float()) for q_network, own in zip(critic.q_networks, hidden, strict=True)]
+        outputs = [_in_bf16(q_network, inputs) for q_network in critic.q_networks]
     return th.stack([own.view(batch_size, n_actions, -1) for own in outputs])
+
+
+def _in_bf16(network: th.nn.Module, inputs: th.Tensor) -> th.Tensor:
+    """Run a network in bfloat16, but for its output layer where it is a plain sequence."""
+    with th.autocast(inputs.device.type, th.bfloat16):
+        if type(network) is not th.nn.Sequential:
+            return network(inputs).float()  # type: ignore[no-any-return]
+        hidden = network[:-1](inputs)
+    return network[-1](hidden.float())  # type: ignore[no-any-return]
 
 
 class UncheckedSquashedGaussian(SquashedDiagGaussianDistribution):
@@ -144,13 +151,24 @@ class ConservativeActorCritic(ConservativeMixin):
         backup_entropy: Whether the target has the entropy term of maximum-entropy learning.
         bc_steps: Gradient steps during which the actor clones the data's actions first.
         cql_n_backward: On the CPU, send the critics' gradient back through so many actions of a state on average, drawn in
-            proportion to their weight; right in the mean, noisier, and cheaper. ``None`` for all.
+            proportion to their weight; right in the mean, noisier, and cheaper. ``None`` for all. No effect on a GPU, nor for
+            critics that are not perceptrons with rectified linear units.
         **kwargs: See the base class and :class:`ConservativeMixin`.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
+    _step_options = (
+        "cql_lagrange_threshold",
+        "cql_n_actions",
+        "cql_variant",
+        "max_q_backup",
+        "backup_entropy",
+        "target_entropy",
+        "calibrate_random",
+        "top_quantiles_to_drop_per_net",
+    )
     actor: Any
     batch_norm_stats: list[th.Tensor]
     batch_norm_stats_target: list[th.Tensor]
@@ -259,9 +277,8 @@ class ConservativeActorCritic(ConservativeMixin):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        if type(self.actor.action_dist) is SquashedDiagGaussianDistribution:
-            own = self.actor.action_dist
-            self.actor.action_dist = UncheckedSquashedGaussian(own.action_dim, own.epsilon)
+        if self.device.type == "cuda":
+            self._do_not_check_the_policy()
         # The base class made these with the critic's learning rate.
         update_learning_rate(self.actor.optimizer, self.actor_lr_schedule(1))
         if self.ent_coef_optimizer is not None:
@@ -270,6 +287,12 @@ class ConservativeActorCritic(ConservativeMixin):
             # The authors' code starts at log alpha' = 1 and steps at the critic's rate.
             self.log_cql_lagrange = th.ones(1, device=self.device, requires_grad=True)
             self.cql_lagrange_optimizer = th.optim.Adam([self.log_cql_lagrange], lr=self.lr_schedule(1))
+
+    def _do_not_check_the_policy(self) -> None:
+        """Leave out torch's check of the policy's mean and deviation: on a GPU the host would wait for it in each step."""
+        own = self.actor.action_dist
+        if type(own) is SquashedDiagGaussianDistribution:
+            self.actor.action_dist = UncheckedSquashedGaussian(own.action_dim, own.epsilon)
 
     def _setup_without_env(self) -> None:
         if not isinstance(self.action_space, spaces.Box):
@@ -299,17 +322,12 @@ class ConservativeActorCritic(ConservativeMixin):
         return [optimizer for optimizer in every if optimizer is not None]
 
     def _step_kind(self) -> tuple[Any, ...]:
-        return (
-            *super()._step_kind(),
-            self._n_updates < self.bc_steps,
-            self._n_updates % self.target_update_interval == 0,
-            self.cql_lagrange_threshold,
-            self.cql_n_actions,
-            self.cql_variant,
-            self.max_q_backup,
-            self.backup_entropy,
-            self.target_entropy,
-        )
+        cloning, moving = self._n_updates < self.bc_steps, self._n_updates % self.target_update_interval == 0
+        return (*super()._step_kind(), cloning, moving)
+
+    def _step_tensors(self) -> list[th.Tensor]:
+        more = (self.log_ent_coef, self.log_cql_lagrange)
+        return [*super()._step_tensors(), *(tensor for tensor in more if tensor is not None)]
 
     # One gradient step, as the paper has it ----------------------------------------------------------------------------
 
@@ -344,7 +362,10 @@ class ConservativeActorCritic(ConservativeMixin):
     def _sample_policy(self, batch: Batch) -> PolicyStep:
         """Draw ``a ~ pi(.|s)`` with gradient, and keep the Gaussian that it came from for the proposals."""
         actions, log_prob = self.actor.action_log_prob(batch.observations)
-        gaussian = self.actor.action_dist.distribution
+        distribution = self.actor.action_dist
+        gaussian = distribution.distribution
+        if isinstance(distribution, SquashedDiagGaussianDistribution):
+            distribution.gaussian_actions = None  # It would keep the whole graph of this step alive.
         return PolicyStep(actions, log_prob.reshape(-1, 1), gaussian.mean, gaussian.stddev)
 
     def _update_ent_coef(self, policy_step: PolicyStep) -> tuple[th.Tensor, th.Tensor | None]:

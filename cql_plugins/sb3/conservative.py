@@ -40,8 +40,8 @@ class ConservativeMixin(OfflineMixin):
         normalize_gap: Subtract the gap of a flat Q, so that it is 0 whatever the number of actions.
         cql_alpha_online: Weight during ``learn``; ``None`` keeps ``cql_alpha``. With 0 the gap is not computed: the base
             class's cost.
-        precision: ``"bf16"`` computes the hidden layers of the training pass with bfloat16 numbers. Output layers, losses,
-            targets, parameters and optimisers stay float32.
+        precision: ``"bf16"`` computes the hidden layers of the critics' training pass with bfloat16 numbers (and an image's
+            features in it). Output layers, losses, targets, the actor, parameters and optimisers stay float32.
         compile: On a GPU, replay each gradient step as one CUDA graph, which does what the step would have done. Needs
             Adam or one of its kin, no gSDE, and one process; no effect on the CPU.
         **kwargs: See the base class and :class:`OfflineMixin`.
@@ -49,6 +49,9 @@ class ConservativeMixin(OfflineMixin):
     Raises:
         ValueError: If an argument is out of its range.
     """
+
+    _step_options: tuple[str, ...] = ("cql_temperature", "cql_clip_diff", "normalize_gap", "precision", "gamma", "tau")
+    """Attributes that a gradient step reads; each class names its own."""
 
     def __init__(
         self,
@@ -153,10 +156,11 @@ class ConservativeMixin(OfflineMixin):
 
     def _captured(self) -> CapturedSteps:
         """Prepare gradient steps that run as CUDA graphs."""
-        if self._captured_steps is None:
-            self._captured_steps = CapturedSteps(self._measured_step, self._step_kind)
         for optimizer in self._all_optimizers():
             make_capturable(optimizer)
+        if self._captured_steps is None:
+            self._captured_steps = CapturedSteps(self._measured_step, self._step_kind)
+        self._captured_steps.require_same(self._step_tensors(), self._all_optimizers())
         return self._captured_steps
 
     def _all_optimizers(self) -> list[th.optim.Optimizer]:
@@ -164,24 +168,21 @@ class ConservativeMixin(OfflineMixin):
         return self._optimizers()
 
     def _step_kind(self) -> tuple[Any, ...]:
-        """All that a gradient step reads from Python: two steps with equal kinds do the same to the same tensors."""
-        return (
-            self._cql_weight,
-            self.cql_temperature,
-            self.cql_clip_diff,
-            self.normalize_gap,
-            self.precision,
-            self.gamma,
-            self.tau,
-        )
+        """The options and phases of a gradient step: two steps with equal kinds do the same to the same tensors."""
+        names = (name for base in type(self).__mro__ for name in vars(base).get("_step_options", ()))
+        return (self._cql_weight, *(getattr(self, name, None) for name in names))
+
+    def _step_tensors(self) -> list[th.Tensor]:
+        """The tensors that a gradient step reads or writes beside its batch; with another one, graphs are made anew."""
+        return [*self.policy.parameters(), *self.policy.buffers()]
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_captured_steps"]
 
     def set_parameters(self, *args: Any, **kwargs: Any) -> None:
         """Load parameters, see SB3."""
+        self._captured_steps = None  # The optimisers' state lies in other tensors afterwards.
         super().set_parameters(*args, **kwargs)
-        self._captured_steps = None  # The optimisers' state lies in other tensors now.
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """Get parameters, see SB3; the optimisers' can be loaded by the base class on any device."""

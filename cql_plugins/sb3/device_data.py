@@ -32,6 +32,11 @@ class DeviceData:
     """
 
     def __init__(self, buffer: ReplayBuffer, device: th.device) -> None:
+        own = _own_sampling(type(buffer))
+        if own is not None:
+            raise ValueError(
+                f"data_device draws rows uniformly, but {type(buffer).__name__} has its own {own}: leave data_device=None."
+            )
         if isinstance(buffer, HerReplayBuffer) or buffer.n_envs != 1 or buffer.optimize_memory_usage:
             raise ValueError(
                 "data_device takes buffers of one environment with rows of their own: no HerReplayBuffer, n_envs=1, "
@@ -48,7 +53,8 @@ class DeviceData:
             for name, part in self._read(rows).items():
                 self._write(name, part, rows[0])
         self._returns_version = self._current_returns_version
-        self._statistics: dict[str, tuple[float, th.Tensor, th.Tensor]] = {}
+        # By key: copies of the mean and the variance, and what is computed with on the device.
+        self._statistics: dict[str, tuple[Any, Any, th.Tensor, th.Tensor]] = {}
 
     def _read(self, rows: np.ndarray) -> dict[str, Any]:
         """Get rows through the buffer's own sampler, without its random numbers."""
@@ -111,11 +117,7 @@ class DeviceData:
         Raises:
             ValueError: If the wrapper normalises rewards.
         """
-        if env is not None and env.norm_reward:
-            raise ValueError(
-                "data_device and VecNormalize(norm_reward=True) do not go together: scale the dataset's rewards instead, or "
-                "leave data_device=None."
-            )
+        refuse_normalized_rewards(env)
         if self._returns_version != self._current_returns_version:
             self._returns_version = self._current_returns_version
             assert isinstance(self.buffer, ReturnsToGoMixin)
@@ -139,8 +141,33 @@ class DeviceData:
             return observations
         rms = env.obs_rms[key] if isinstance(env.obs_rms, dict) else env.obs_rms
         known = self._statistics.get(key)
-        if known is None or known[0] != rms.count:
+        if known is None or not (np.array_equal(known[0], rms.mean) and np.array_equal(known[1], rms.var)):
             arrays = (rms.mean, np.sqrt(rms.var + env.epsilon))
             mean, scale = (th.as_tensor(array, dtype=th.float32, device=observations.device) for array in arrays)
-            known = self._statistics[key] = (rms.count, mean, scale)
-        return ((observations - known[1]) / known[2]).clamp_(-env.clip_obs, env.clip_obs)
+            known = self._statistics[key] = (np.copy(rms.mean), np.copy(rms.var), mean, scale)
+        return ((observations - known[2]) / known[3]).clamp_(-env.clip_obs, env.clip_obs)
+
+
+def refuse_normalized_rewards(env: VecNormalize | None) -> None:
+    """Refuse a wrapper whose rewards rows on a device would not follow.
+
+    Args:
+        env: ``VecNormalize`` wrapper, or none.
+
+    Raises:
+        ValueError: If it normalises rewards.
+    """
+    if env is not None and env.norm_reward:
+        raise ValueError(
+            "data_device and VecNormalize(norm_reward=True) do not go together: scale the dataset's rewards instead, or leave "
+            "data_device=None."
+        )
+
+
+def _own_sampling(buffer_class: type[ReplayBuffer]) -> str | None:
+    """The name of a sampling method that is neither SB3's nor ours, where there is one."""
+    for name in ("sample", "_get_samples"):
+        owners = {base.__module__.partition(".")[0] for base in buffer_class.__mro__ if name in vars(base)}
+        if owners - {"stable_baselines3", "cql_plugins"}:
+            return name
+    return None

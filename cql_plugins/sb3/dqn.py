@@ -8,6 +8,7 @@ import torch as th
 import torch.nn.functional as F
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.dqn.dqn import DQN
+from stable_baselines3.dqn.policies import QNetwork
 
 from cql_plugins.sb3.q_learning import CalibratedQLearning, ConservativeQLearning
 
@@ -22,6 +23,7 @@ class DiscreteCQL(ConservativeQLearning, DQN):
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = DQN.policy_aliases
+    _network_class = QNetwork
 
     @property
     def _networks(self) -> tuple[Any, Any]:

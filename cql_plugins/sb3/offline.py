@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 import weakref
 from collections import deque
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -36,7 +37,7 @@ from cql_plugins._nested import flatten_space
 from cql_plugins.returns import discounted_suffix_sum
 from cql_plugins.sb3.batches import Batch, concatenate
 from cql_plugins.sb3.buffers import ReturnsToGoMixin
-from cql_plugins.sb3.device_data import DeviceData
+from cql_plugins.sb3.device_data import DeviceData, refuse_normalized_rewards
 from cql_plugins.sb3.distributed import Ranks, world_size
 from cql_plugins.sb3.metrics import MetricsMean
 
@@ -162,10 +163,26 @@ class OfflineMixin(OffPolicyAlgorithm):
             )
         buffer.device = self.device
         adopted = self._adopt_offline_buffer(buffer)
-        device_data = None if self.data_device is None else DeviceData(adopted, th.device(self.data_device))
+        device_data = None if self.data_device is None else self._place_on_device(adopted, th.device(self.data_device))
         self.offline_buffer, self._device_data, self._offline_source = adopted, device_data, source
         self._fill_normalization()
         return self
+
+    def _place_on_device(self, buffer: ReplayBuffer, device: th.device) -> DeviceData | None:
+        """Bring a dataset to where it is to be sampled."""
+        if device.type == "cuda" and not th.cuda.is_available():
+            warnings.warn(
+                f"data_device={self.data_device!r} is not there (was the model made on another machine?): the dataset is "
+                "sampled from the host's memory. Set model.data_device = None to say so.",
+                stacklevel=3,
+            )
+            return None
+        if buffer is self.replay_buffer:
+            raise ValueError(
+                "data_device is for data that does not grow, and this is the model's own replay buffer: set it to None."
+            )
+        refuse_normalized_rewards(self._vec_normalize_env)
+        return DeviceData(buffer, device)
 
     def _fill_normalization(self) -> None:
         if self._vec_normalize_env is not None and self.offline_buffer is not None:
@@ -455,7 +472,8 @@ class OfflineMixin(OffPolicyAlgorithm):
 
     def dump_logs(self) -> None:
         """Write log data, with the training metrics since the last line."""
-        self._record_metrics()
+        if self._ranks is None:  # Else the next line is the ranks' together.
+            self._record_metrics()
         super().dump_logs()
 
     # Batches ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ A base class joins by :meth:`ConservativeQLearning._quantiles` and :meth:`~Conse
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -36,6 +36,9 @@ class ConservativeQLearning(ConservativeMixin):
         ValueError: If an argument is out of its range.
     """
 
+    _step_options = ("double_q", "max_grad_norm")
+    _network_class: ClassVar[Any]
+    """The base class's network; only its own forward pass is taken apart."""
     batch_norm_stats: list[th.Tensor]
     batch_norm_stats_target: list[th.Tensor]
     exploration_final_eps: float
@@ -139,7 +142,7 @@ class ConservativeQLearning(ConservativeMixin):
         return self._is_offline_phase and (self._n_updates + 1) % self._offline_interval == 0
 
     def _step_kind(self) -> tuple[Any, ...]:
-        return (*super()._step_kind(), self._target_is_due, self.double_q, self.max_grad_norm)
+        return (*super()._step_kind(), self._target_is_due)
 
     def _evaluate(self, network: Any, head: th.nn.Sequential, observations: th.Tensor | TensorDict) -> th.Tensor:
         """Evaluate a network, its output layer in float32 and all before it in the precision of the model.
@@ -147,8 +150,10 @@ class ConservativeQLearning(ConservativeMixin):
         Targets are float32 throughout.
         """
         if self.precision == "f32" or not th.is_grad_enabled():
-            return head(network.extract_features(observations, network.features_extractor))  # type: ignore[no-any-return]
+            return network(observations)  # type: ignore[no-any-return]
         with th.autocast(self.device.type, th.bfloat16):
+            if type(network).forward is not self._network_class.forward or type(head) is not th.nn.Sequential:
+                return network(observations).float()  # type: ignore[no-any-return]  # The user's: it is for it to say how.
             hidden = head[:-1](network.extract_features(observations, network.features_extractor))
         return head[-1](hidden.float())  # type: ignore[no-any-return]
 

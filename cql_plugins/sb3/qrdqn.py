@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch as th
 from sb3_contrib.common.utils import quantile_huber_loss
+from sb3_contrib.qrdqn.policies import QuantileNetwork
 from sb3_contrib.qrdqn.qrdqn import QRDQN
 from stable_baselines3.common.type_aliases import TensorDict
 
@@ -22,6 +23,7 @@ class CQLQRDQN(ConservativeQLearning, QRDQN):
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = QRDQN.policy_aliases
+    _network_class = QuantileNetwork
 
     @property
     def _networks(self) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
 from cql_plugins.sb3 import CQL, CQLQRDQN, CQLTQC, CalQL, CalQLQRDQN, CalQLTQC, DiscreteCalQL, DiscreteCQL
 from cql_plugins.sb3.batches import Batch
@@ -129,6 +131,77 @@ class TestPrecision:
         assert (loaded.precision, loaded.cql_n_backward) == ("bf16", 5)
 
 
+class Dueling(QNetwork):
+    """A network with a forward pass of its own, as users write them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.value = th.nn.Linear(self.features_dim, 1)
+
+    def forward(self, obs: Any) -> th.Tensor:
+        features = self.extract_features(obs, self.features_extractor)
+        advantage = self.q_net(features)
+        return self.value(features) + advantage - advantage.mean(dim=1, keepdim=True)  # type: ignore[no-any-return]
+
+
+class DuelingPolicy(DQNPolicy):
+    def make_q_net(self) -> Dueling:
+        return Dueling(**self._update_features_extractor(self.net_args, features_extractor=None)).to(self.device)
+
+
+class TestNetworksOfUsers:
+    @pytest.mark.parametrize("precision", ["f32", "bf16"])
+    def test_a_network_is_trained_as_it_is_used(self, precision: str) -> None:
+        model = make_model(DiscreteCQL, policy=DuelingPolicy, precision=precision)
+        before = model.q_net.value.weight.clone()
+        batch = model.sample_batch(16)
+        values = model._quantiles(model.q_net, batch.observations).squeeze(1)
+        assert th.allclose(values, model.q_net(batch.observations), atol=0 if precision == "f32" else 2e-2)
+        model.train(3, 16)
+        assert not th.equal(model.q_net.value.weight, before)
+
+    def test_doubles_are_trained_as_doubles(self) -> None:
+        """What SAC takes: a policy of float64 in an environment of float64, here without a penalty."""
+        for activation in (th.nn.ReLU, th.nn.Tanh):
+            model = make_model(CQL, policy_kwargs={"net_arch": [8], "activation_fn": activation})
+            model.policy.double()
+            batch = model.sample_batch(6).map(th.Tensor.double)
+            actions = batch.actions.unsqueeze(1).expand(-1, 3, -1)
+            assert model._critic_outputs(model.critic, batch.observations, actions).dtype == th.float64
+            assert model._critic_outputs(model.critic, batch.observations, actions[:, :1]).dtype == th.float64
+
+    def test_a_critic_that_is_no_sequence_runs_in_both_precisions(self) -> None:
+        class Own(th.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = th.nn.Linear(5, 1)
+
+            def forward(self, inputs: th.Tensor) -> th.Tensor:
+                return self.layer(inputs)  # type: ignore[no-any-return]
+
+        for precision in ("f32", "bf16"):
+            model = make_model(CQL, precision=precision)
+            model.critic.q_networks = [Own(), Own()]
+            batch = model.sample_batch(4)
+            actions = batch.actions.unsqueeze(1).expand(-1, 3, -1)
+            outputs = model._critic_outputs(model.critic, batch.observations, actions, precision)
+            assert (outputs.shape, outputs.dtype) == ((2, 4, 3, 1), th.float32)
+
+    def test_sick_values_are_seen_on_the_cpu_as_in_sac(self) -> None:
+        buffer = make_buffer()
+        buffer.rewards[:] = np.nan
+        model = make_model(CQL, buffer)
+        with pytest.raises(ValueError, match="Expected parameter loc"):
+            model.train(5, 16)
+
+    @pytest.mark.parametrize("algorithm", [CQL, CalQL, CalQLTQC])
+    def test_a_trained_model_can_be_copied(self, algorithm: Any) -> None:
+        model = make_model(algorithm)
+        model.train(2, 16)
+        assert th.equal(parameters(copy.deepcopy(model)), parameters(model))
+        assert copy.deepcopy(model.policy) is not None
+
+
 class TestDrawnBackward:
     @pytest.mark.parametrize("algorithm", [CQL, CalQL])
     def test_changes_the_gradient_and_not_the_loss(self, algorithm: Any) -> None:
@@ -200,6 +273,67 @@ class TestCapturedSteps:
         for _ in range(4):
             steps(model.sample_batch(8))
         assert replay.recorded == 4, "another weight"
+
+    def test_every_option_of_a_step_is_part_of_its_kind(self) -> None:
+        changes: dict[str, Any] = {
+            "calibrate_random": True,
+            "cql_temperature": 2.0,
+            "cql_n_actions": 3,
+            "cql_variant": "rho",
+            "gamma": 0.5,
+            "tau": 0.1,
+            "target_entropy": -9.0,
+            "top_quantiles_to_drop_per_net": 5,
+        }
+        model = make_model(CalQLTQC)
+        for name, value in changes.items():
+            before = model._step_kind()
+            assert getattr(model, name) != value
+            setattr(model, name, value)
+            assert model._step_kind() != before, name
+        discrete = make_model(DiscreteCQL)
+        for name, value in {"double_q": True, "max_grad_norm": 1.0, "cql_alpha": 9.0}.items():
+            before = discrete._step_kind()
+            setattr(discrete, name, value)
+            assert discrete._step_kind() != before, name
+
+    def test_only_the_last_kinds_are_kept(self) -> None:
+        model = make_model(CQL)
+        replay = Replay()
+        steps = CapturedSteps(model._measured_step, model._step_kind, replay.record)
+        for weight in range(1, 13):
+            model.cql_alpha = float(weight)
+            for _ in range(4):
+                steps(model.sample_batch(4))
+        assert replay.recorded == 12
+        assert len(steps._recordings) == len(steps._warm_ups) == 8
+        steps(model.sample_batch(4))
+        assert replay.recorded == 12, "the last one is there still"
+
+    def test_graphs_go_where_tensors_do(self) -> None:
+        model = make_model(CQL)
+        replay = Replay()
+        steps = CapturedSteps(model._measured_step, model._step_kind, replay.record)
+
+        def run() -> int:
+            for _ in range(5):
+                steps.require_same(model._step_tensors(), model._all_optimizers())
+                steps(model.sample_batch(4))
+            return replay.recorded
+
+        model.train(1, 4)  # The optimisers' state is made in the first step.
+        assert run() == 1
+        assert run() == 1, "nothing moved"
+        model.actor.mu.weight.requires_grad_(False)
+        assert run() == 2, "a layer was frozen"
+        model.critic.optimizer.load_state_dict(copy.deepcopy(model.critic.optimizer.state_dict()))
+        assert run() == 3, "an optimiser has other tensors"
+        model.critic.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+        assert run() == 4, "an optimiser has another option"
+        model.log_ent_coef = model.log_ent_coef.detach().clone().requires_grad_()
+        assert run() == 5
+        model.critic.optimizer.param_groups[0]["lr"] = 1e-5
+        assert run() == 5, "rates are read anew by a graph"
 
     def test_dict_observations_are_copied_too(self) -> None:
         model = make_model(CalQL, make_buffer(DictReplayBuffer))
@@ -286,6 +420,24 @@ class TestOptimisers:
             after.append(parameter.detach())
             assert bool(optimizer.param_groups[0].get("fused")) == (fused and optimizer_class is not th.optim.RMSprop)
         assert th.allclose(*after, rtol=0, atol=1e-6)
+
+    def test_a_choice_of_the_users_stays(self) -> None:
+        for options in ({"fused": False}, {"foreach": True}, {"fused": True}):
+            optimizer = th.optim.Adam([th.nn.Parameter(th.ones(2))], lr=0.1, **options)
+            make_fused(optimizer)
+            group = optimizer.param_groups[0]
+            assert {name: group[name] for name in options} == options
+            assert {name: portable_state(optimizer.state_dict())["param_groups"][0][name] for name in options} == options
+
+    def test_counts_move_with_every_kind_of_adam(self) -> None:
+        for optimizer_class in (th.optim.NAdam, th.optim.RAdam, th.optim.Adamax, th.optim.AdamW):
+            optimizer = optimizer_class([th.nn.Parameter(th.ones(2))], lr=0.1)
+            optimizer.param_groups[0]["params"][0].grad = th.ones(2)
+            optimizer.step()
+            state = next(iter(optimizer.state.values()))
+            state["step"] = state["step"].double()
+            make_capturable(optimizer)
+            assert state["step"].dtype == th.float32, "taken to the device in the form that a graph needs"
 
     def test_only_bf16_fuses_on_the_cpu(self) -> None:
         for precision, fused in (("f32", False), ("bf16", True)):
@@ -397,7 +549,8 @@ class TestDeviceData:
         monkeypatch.setattr(th, "randint", lambda *_, **__: rows)
         for shift in (0.0, 1.0):
             for rms in env.obs_rms.values() if isinstance(env.obs_rms, dict) else (env.obs_rms,):
-                rms.mean, rms.var, rms.count = np.full(3, 0.3 + shift), np.array([0.5, 1.0, 1e-4]), 10.0 + shift
+                # The count stays, as it does for other statistics that were loaded.
+                rms.mean, rms.var, rms.count = np.full(3, 0.3 + shift), np.array([0.5, 1.0, 1e-4]), 10.0
             drawn = data.sample(3, th.device("cpu"), env).tensors()
             expected = buffer._get_samples(rows.numpy(), env)
             parts = expected.observations.items() if base is DictReplayBuffer else [("", expected.observations)]
@@ -420,6 +573,31 @@ class TestDeviceData:
         with pytest.raises(ValueError, match=r"VecNormalize\(norm_reward=True\)"):
             DeviceData(make_buffer(), th.device("cpu")).sample(3, th.device("cpu"), env)
 
+    def test_refuses_buffers_with_a_way_of_their_own(self) -> None:
+        class First(ReplayBuffer):
+            def sample(self, batch_size: int, env: Any = None) -> Any:
+                return self._get_samples(np.zeros(batch_size, int), env)
+
+        for algorithm in (CQL, CalQL):
+            model = make_model(algorithm, data_device="cpu")
+            with pytest.raises(ValueError, match="has its own sample"):
+                model.set_offline_data(make_buffer(First))
+
+    def test_refuses_the_buffer_that_grows(self, host: Any) -> None:
+        for algorithm in (CQL, CalQL):
+            model = algorithm(
+                "MlpPolicy", host.corridors(1), device="cpu", buffer_size=100, data_device="cpu", learning_starts=30
+            )
+            model.learn(20)
+            with pytest.raises(ValueError, match="the model's own replay buffer"):
+                model.set_offline_data(model.replay_buffer)
+
+    def test_a_device_that_is_not_there_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(th.cuda, "is_available", lambda: False)
+        with pytest.warns(UserWarning, match="data_device='cuda' is not there"):
+            model = make_model(CQL, data_device="cuda")
+        model.train(1, 16)
+
     def test_refused_data_leave_the_old_ones(self) -> None:
         model = make_model(CQL, data_device="cpu")
         before = model.offline_buffer, model._device_data
@@ -432,7 +610,7 @@ class TestDeviceData:
         model = CalQL("MlpPolicy", env, device="cpu", seed=0, buffer_size=200, batch_size=8, learning_starts=0)
         model.data_device = "cpu"
         model.learn(60)
-        buffer = with_returns_to_go(model.replay_buffer, model.gamma)
+        buffer = copy.deepcopy(model.replay_buffer)
         model.learn_offline(buffer, 2)
         assert model._device_data is not None
         model.learn(20)
