@@ -41,6 +41,7 @@ def draw(curves: dict[str, dict[str, list[dict[str, Any]]]], path: Path, data_sc
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 3.8), layout="constrained")
     for axis, (name, label) in zip(axes, PANELS.items(), strict=True):
@@ -49,7 +50,9 @@ def draw(curves: dict[str, dict[str, list[dict[str, Any]]]], path: Path, data_sc
                 axis.plot([p["step"] for p in curve], [p[name] for p in curve], color=colour, alpha=0.35, linewidth=0.9)
             steps = sorted(set.intersection(*({p["step"] for p in curve} for curve in by_seed.values())))
             means = [np.mean([p[name] for curve in by_seed.values() for p in curve if p["step"] == step]) for step in steps]
-            axis.plot(steps, means, color=colour, linewidth=2.2, label=f"{ARMS[arm]}, {len(by_seed)} seeds")
+            axis.plot(steps, means, color=colour, linewidth=2.2, label=f"{ARMS[arm]}, seeds {', '.join(sorted(by_seed))}")
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel("gradient steps")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
