@@ -146,7 +146,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "self._quantiles(network, observations) if self.double_q",
         "quantiles if self.double_q",
     ),
-    "targets-stand-still-offline": (Q_LEARNING, "if self._is_offline_phase and", "if False and"),
+    "targets-stand-still-offline": (Q_LEARNING, "return self._is_offline_phase and", "return False and"),
     "random-actions-after-offline": (Q_LEARNING, "        if self._n_offline_steps:", "        if False:"),
     "all-quantiles-kept": (TQC, "n_dropped = self.top_quantiles_to_drop_per_net * outputs.shape[0]", "n_dropped = 0"),
     "smallest-quantiles-dropped": (
