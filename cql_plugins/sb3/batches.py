@@ -19,7 +19,8 @@ class Batch(NamedTuple):
         dones: 1 where the episode terminated, shape ``(B, 1)``.
         rewards: Shape ``(B, 1)``.
         discounts: ``gamma^k``, shape ``(B, 1)``, or ``None`` for ``gamma``.
-        returns_to_go: ``G(s)``, shape ``(B, 1)``, or ``None`` where the buffers carry none.
+        returns_to_go: ``G(s)``, shape ``(B, 1)``, in the units of ``rewards``; ``-inf`` where it is not known (a running
+            episode, a tail that is ``none``), ``None`` where the buffers carry none.
     """
 
     observations: th.Tensor | TensorDict

@@ -10,17 +10,17 @@ import copy
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch as th
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.type_aliases import DictReplayBufferSamples, TensorDict
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from cql_plugins.returns import ReturnTail, returns_to_go
+from cql_plugins.sb3.batches import Batch
 
 TailValueFunction = Callable[[Any], NDArray[np.floating[Any]]]
 """From the observations after the truncated ends to their values, in the units of the rewards the critic sees."""
@@ -29,23 +29,6 @@ _BLOCK = 4096
 """Rows that are compared at once."""
 _LIMIT_TOLERANCE = 0.01
 """How far VecNormalize's reward clip may drift before returns are summed again, as a share."""
-
-
-class ReturnsToGoSamples(NamedTuple):
-    """SB3's ``ReplayBufferSamples`` (or its Dict form) and one column more.
-
-    Attributes:
-        returns_to_go: ``G(s)`` of each transition, shape ``(batch_size, 1)``, in the units of ``rewards``; ``-inf`` where it is
-            not known (a running episode, a tail that is ``none``).
-    """
-
-    observations: th.Tensor | TensorDict
-    actions: th.Tensor
-    next_observations: th.Tensor | TensorDict
-    dones: th.Tensor
-    rewards: th.Tensor
-    discounts: th.Tensor | None
-    returns_to_go: th.Tensor
 
 
 class ReturnsToGoMixin(ReplayBuffer):
@@ -272,7 +255,7 @@ class ReturnsToGoMixin(ReplayBuffer):
 
     # Sampling --------------------------------------------------------------------------------------------------------
 
-    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReturnsToGoSamples:  # type: ignore[override]
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> Batch:  # type: ignore[override]
         """Sample as SB3 does, with the same random numbers, and add the returns-to-go.
 
         Args:
@@ -288,7 +271,7 @@ class ReturnsToGoMixin(ReplayBuffer):
             self.actions = narrow
         actions, returns = samples.actions[:, :-1].contiguous(), samples.actions[:, -1:]
         scale = _reward_scale(env)
-        return ReturnsToGoSamples(
+        return Batch(
             samples.observations,
             actions,
             samples.next_observations,
