@@ -4,8 +4,8 @@ An update evaluates every critic at the data's action and ``3N`` others of each 
 that is one operation over all of them which does less than the layers one by one, with the same result:
 
 - the observation's part of the first layer is computed once for each state, not once for each action;
-- going back, rows that no gradient reaches are left out. The soft maximum weighs an action by ``exp(Q)``: after some training
-  most weights are far below what the sum of a row can hold. How many are is a matter of the data, and decided anew each time;
+- going back, rows are left out whose gradients are too small to change a state's sum. The soft maximum weighs an action by
+  ``exp(Q)``: after some training many weights are that small. How many is a matter of the data, and decided anew each time;
 - no gradient is computed for actions, whose values the critic's loss takes as given;
 - on a GPU the critics are one batched product.
 
@@ -32,6 +32,7 @@ _NEGLIGIBLE = {th.float64: 2.0**-53, th.float32: 2.0**-24, th.bfloat16: 2.0**-16
 Far below in bfloat16: its rounding averages out over a batch, what is left out does not.
 """
 _BLOCK = 1024
+"""Rows that are converted to another type at once."""
 _WORTH_GATHERING = 0.85
 """Above this share of rows, gathering them costs more than it saves."""
 
