@@ -1,0 +1,145 @@
+"""Files and folders that are there whole or not at all.
+
+What is written lies beside its place under another name, is flushed to the disk, and takes the place by one rename: a reader,
+or the next start after a crash, finds the old one or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+_WRITING = ".part"
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears at its place only when all of it is on the disk.
+
+    Args:
+        path: Its place; what is there stays until the new one is whole. The folder is made where it is missing.
+
+    Yields:
+        The open file, binary, readable and seekable too.
+
+    Raises:
+        OSError: If the folder or the disk does not take it (full, read-only, no permission), with the number of the cause; the
+            place is as it was, and nothing is left beside it.
+    """
+    place = Path(path)
+    with _explained(place), _beside(place) as temporary:
+        with open(temporary, "xb+") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, place)
+        _sync_folder(place.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder that appears at its place only when all its files are on the disk.
+
+    Args:
+        path: Its place, where nothing must be.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        FileExistsError: If something is there already.
+        OSError: If the disk does not take it, as for :func:`whole_file`.
+    """
+    place = Path(path)
+    if place.exists():
+        raise FileExistsError(f"{place} exists; remove it, or choose another name.")
+    with _explained(place), _beside(place) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                with open(file, "rb+") as written:
+                    os.fsync(written.fileno())
+        _sync_folder(temporary)
+        os.rename(temporary, place)
+        _sync_folder(place.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove what writers on this machine that were killed left in a folder; what running processes write stays.
+
+    Args:
+        folder: Where files were written.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    ours = re.compile(rf"\..*\.{_machine()}-(\d+)-[0-9a-f]+{re.escape(_WRITING)}")
+    for path in Path(folder).glob(f".*{_WRITING}"):
+        found = ours.fullmatch(path.name)
+        if found and not _runs(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+@contextlib.contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """Name something beside a place, removed at the end whatever happens."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.parent / f".{place.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{_WRITING}"
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    """Say of what the disk refuses which file it was, and what there is still."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        kept = "the older one there is untouched" if place.exists() else "nothing was left there"
+        raise type(error)(error.errno, f"{os.strerror(error.errno)}: could not write {place}; {kept}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a rename to the disk, where the system can do that for a folder."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _machine() -> str:
+    """Name this machine: process numbers mean nothing on another one that shares the folder."""
+    return re.sub(r"[^A-Za-z0-9]", "", platform.node()) or "here"
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+__all__ = ["remove_leftovers", "whole_file", "whole_folder"]
