@@ -8,9 +8,10 @@ from cql_plugins._gym import import_quietly
 
 import_quietly()
 
+from cql_plugins.sb3.checkpoints import CheckpointError, Checkpoints, load_checkpoint  # noqa: E402
 from cql_plugins.sb3.cql import CQL, CalQL  # noqa: E402
 from cql_plugins.sb3.dqn import DiscreteCalQL, DiscreteCQL  # noqa: E402
-from cql_plugins.sb3.wrappers import FlattenNestedObservation, ScaleReward  # noqa: E402
+from cql_plugins.sb3.wrappers import FlattenNestedObservation, ResumableEnv, ScaleReward  # noqa: E402
 
 if TYPE_CHECKING:
     from cql_plugins.sb3.qrdqn import CQLQRDQN, CalQLQRDQN
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CQL",
     "CalQL",
+    "CheckpointError",
+    "Checkpoints",
     "DiscreteCQL",
     "DiscreteCalQL",
     "FlattenNestedObservation",
+    "ResumableEnv",
     "ScaleReward",
+    "load_checkpoint",
 ]
 
 _CONTRIB = {"CQLQRDQN": "qrdqn", "CalQLQRDQN": "qrdqn", "CQLTQC": "tqc", "CalQLTQC": "tqc"}

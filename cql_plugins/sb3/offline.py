@@ -40,6 +40,7 @@ from cql_plugins.sb3.buffers import ReturnsToGoMixin
 from cql_plugins.sb3.device_data import DeviceData, refuse_normalized_rewards
 from cql_plugins.sb3.distributed import Ranks, world_size
 from cql_plugins.sb3.metrics import MetricsMean
+from cql_plugins.sb3.rearrange import refill
 
 SelfOffline = TypeVar("SelfOffline", bound="OfflineMixin")
 _UNTOUCHED_COUNT = 0.5
@@ -257,6 +258,24 @@ class OfflineMixin(OffPolicyAlgorithm):
                 **self.replay_buffer_kwargs,
             )
             self._prepare_online_buffer()
+
+    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
+        """Load a replay buffer, see SB3; one that was filled with another number of environments is rearranged.
+
+        Args:
+            path: See SB3.
+            truncate_last_traj: See SB3.
+
+        Raises:
+            ValueError: If it cannot be rearranged (``optimize_memory_usage``).
+        """
+        own = self.replay_buffer
+        super().load_replay_buffer(path, truncate_last_traj)
+        loaded = self.replay_buffer
+        if own is not None and loaded is not None and own is not loaded and own.n_envs != loaded.n_envs:
+            self.replay_buffer = own
+            own.reset()
+            refill(own, loaded)
 
     def _prepare_online_buffer(self) -> None:
         """Prepare a new replay buffer for training; a hook for algorithms that need more than SB3's columns."""

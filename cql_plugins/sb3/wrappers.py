@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from cql_plugins._env_state import capture_state, restore_state
 from cql_plugins._nested import flatten_space, flatten_tree
 
 
@@ -81,3 +82,40 @@ class FlattenNestedObservation(gym.ObservationWrapper[Any, Any, Any], gym.utils.
         flat = flatten_tree(observation)
         assert isinstance(self.observation_space, spaces.Dict)
         return {key: flat[key] for key in self.observation_space}
+
+
+class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
+    """Let :class:`cql_plugins.sb3.Checkpoints` read and set the state of an environment in another process.
+
+    The outermost wrapper of each environment of a ``SubprocVecEnv``, such as
+    ``make_vec_env("HalfCheetah-v5", 4, vec_env_cls=SubprocVecEnv, wrapper_class=ResumableEnv)``; elsewhere it is not needed.
+
+    Args:
+        env: The environment.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        gym.utils.RecordConstructorArgs.__init__(self)
+        super().__init__(env)
+
+    def capture_state(self) -> tuple[Any, dict[str, Any], list[str]]:
+        """Read the state.
+
+        Returns:
+            The state, the arrays in it by name, and what could not be read.
+        """
+        arrays: dict[str, Any] = {}
+        state, problems = capture_state(self.env, arrays, "state")
+        return state, arrays, problems
+
+    def restore_state(self, state: Any, arrays: dict[str, Any]) -> list[str]:
+        """Set a state.
+
+        Args:
+            state: From :meth:`capture_state`.
+            arrays: From there, too.
+
+        Returns:
+            What has no place in this environment.
+        """
+        return restore_state(self.env, state, arrays)

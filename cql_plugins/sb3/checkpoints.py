@@ -1,0 +1,613 @@
+"""Runs that can be killed at any moment and go on, bit for bit, as if they had not been."""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3 import __version__ as sb3_version
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.save_util import recursive_getattr
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from cql_plugins._checkpoints import (
+    Archive,
+    Arrays,
+    CheckpointError,
+    CheckpointFolder,
+    ContentHash,
+    StopSignals,
+    decode,
+    encode,
+    random_states,
+    read_archive,
+    set_random_states,
+    write_archive,
+)
+from cql_plugins._env_state import capture_state, restore_state
+from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
+from cql_plugins.sb3.offline import OfflineData, OfflineMixin
+from cql_plugins.sb3.rearrange import column_arrays, refill
+
+Model = TypeVar("Model", bound=OfflineMixin)
+
+_COUNTERS = ("num_timesteps", "exploration_rate", "ep_info_buffer", "ep_success_buffer")
+"""Attributes without an underscore that training changes."""
+_NOT_COUNTERS = (
+    "_buffer_waits_for_env", "_custom_logger", "_logger", "_num_timesteps_at_start", "_offline_source", "_sick_listeners",
+    "_stats_window_size", "_total_timesteps", "_vec_normalize_env", "_workspace",
+)  # fmt: skip
+_NOT_OPTIONS = ("data_device", "device", "n_envs", "offline_buffer", "seed", "start_time", "tensorboard_log", "verbose")
+_OF_ENVIRONMENT = ("_last_obs", "_last_original_obs", "_last_episode_starts")
+
+
+class Checkpoints(BaseCallback):
+    """Write checkpoints of a run and go on from the newest one: the same script, started again, takes up where it was.
+
+    ::
+
+        run = Checkpoints("runs/door", save_freq=5_000)
+        model = run.resume(CalQL("MlpPolicy", env, seed=0))
+        run.learn_offline(model, dataset, gradient_steps=50_000)
+        run.learn(model, total_timesteps=20_000)
+
+    A checkpoint has everything that training goes on from: networks, targets, optimisers, temperature and Lagrange multiplier,
+    counters, the random states of Python, NumPy, torch and the spaces, the online buffer with returns-to-go and running
+    episodes, ``VecNormalize``, the environments in the middle of their episodes, and a hash of the offline data. On the CPU the
+    parameters after N steps, a new start and M steps are those of N + M steps, to the last bit.
+
+    Environments are read attribute by attribute, MuJoCo's included. One that hides its state (a physics engine in C, a server)
+    is reset on resuming, with a warning: its episode is broken off, and what follows is another run. Environments in other
+    processes must be wrapped in :class:`ResumableEnv`. Put this callback last in a list: what comes after it (an evaluation
+    that draws random numbers) is not in the checkpoint of that step. Under ``torchrun`` rank 0 writes, and random streams
+    start anew.
+
+    Args:
+        save_path: Folder of this one run.
+        save_freq: Gradient steps (offline) or environment steps (online) between two checkpoints; 0 for none by count.
+        save_minutes: Minutes between two checkpoints; ``None`` for none by time.
+        keep_last: How many to keep; ``None`` keeps all.
+        verbose: 1 prints what is written.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        save_path: str | Path,
+        save_freq: int = 10_000,
+        save_minutes: float | None = None,
+        keep_last: int | None = 3,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        if save_freq < 0:
+            raise ValueError(f"save_freq must not be negative; got {save_freq}.")
+        if save_minutes is not None and not save_minutes > 0:
+            raise ValueError(f"save_minutes must be positive, or None; got {save_minutes}.")
+        self.files = CheckpointFolder(save_path, keep_last)
+        self.save_freq, self.save_minutes = save_freq, save_minutes
+        self._signals = StopSignals()
+        self._archive: Archive | None = None
+        self._identity: tuple[weakref.ref[ReplayBuffer], str] | None = None
+        self._saved_at: tuple[str, int] | None = None
+        self._last_save = ("", 0, 0.0)
+
+    # Going on --------------------------------------------------------------------------------------------------------
+
+    def resume(self, model: Model) -> Model:
+        """Bring a model that was just built to the newest checkpoint; nothing happens where there is none.
+
+        Args:
+            model: Built as the run's was, with its environment. With another number of environments it goes on, too: the
+                online buffer is rearranged, the environments start anew.
+
+        Returns:
+            The model.
+
+        Raises:
+            CheckpointError: If no checkpoint is whole, or it is another algorithm's or of networks of other shapes; the model
+                is as it was.
+        """
+        archive = self.files.newest()
+        if archive is not None:
+            load_checkpoint(model, archive)
+            self._archive = archive
+            self._saved_at = archive.document["phase"], archive.document["step"]
+        return model
+
+    def learn_offline(
+        self,
+        model: Model,
+        dataset: OfflineData | ReplayBuffer,
+        gradient_steps: int,
+        callback: MaybeCallback = None,
+        **kwargs: Any,
+    ) -> Model:
+        """Train offline until the model has done so many gradient steps in all, with checkpoints.
+
+        SIGTERM, and a first SIGINT, end it after the gradient step that runs, with a checkpoint; a second SIGINT at once.
+
+        Args:
+            model: From :meth:`resume`.
+            dataset: See ``learn_offline`` of the model.
+            gradient_steps: All that are wanted, with those that were done before.
+            callback: SB3 callback(s) beside this one.
+            **kwargs: See ``learn_offline`` of the model.
+
+        Returns:
+            The model.
+
+        Raises:
+            CheckpointError: If the dataset is not the one that the run had.
+            SystemExit: After SIGTERM, with status 143.
+            KeyboardInterrupt: After SIGINT.
+        """
+        left = gradient_steps - model._n_offline_steps
+        with self._signals:
+            if left > 0:
+                model.learn_offline(dataset, left, callback=self._with(callback), **kwargs)
+            else:
+                model._restore_online_clock()
+                model.set_offline_data(dataset)
+                self._check_data(model)
+            self._signals.obey()
+        return model
+
+    def learn(self, model: Model, total_timesteps: int, callback: MaybeCallback = None, **kwargs: Any) -> Model:
+        """Train online until the model has done so many environment steps in all, with checkpoints.
+
+        Signals are obeyed between two rollouts, see :meth:`learn_offline`.
+
+        Args:
+            model: From :meth:`resume`, with its offline data set where it has some.
+            total_timesteps: All that are wanted, with those that were done before.
+            callback: SB3 callback(s) beside this one.
+            **kwargs: See ``learn`` of the model, but for ``reset_num_timesteps``.
+
+        Returns:
+            The model.
+
+        Raises:
+            CheckpointError: If the offline data is not the run's.
+            SystemExit: After SIGTERM, with status 143.
+            KeyboardInterrupt: After SIGINT.
+        """
+        if self._waits_for("offline"):
+            self._check_data(model)
+            self._go_on(model)
+        model._restore_online_clock()
+        left = total_timesteps - model.num_timesteps
+        with self._signals:
+            if left > 0:
+                is_first = model.num_timesteps == 0
+                model.learn(left, callback=self._with(callback), reset_num_timesteps=is_first, **kwargs)
+            self._signals.obey()
+        return model
+
+    def _with(self, callback: MaybeCallback) -> Any:
+        if callback is None:
+            return self
+        if isinstance(callback, list):
+            return [*callback, self]
+        return [callback if isinstance(callback, BaseCallback) else ConvertCallback(callback), self]
+
+    def _go_on(self, model: OfflineMixin) -> None:
+        """Set once more what preparing a phase may have moved, at the point at which it was read."""
+        archive, self._archive = self._archive, None
+        if archive is not None and _same_environments(model, archive):
+            _restore_run(model, archive)
+
+    def _waits_for(self, phase: str) -> bool:
+        return self._archive is not None and self._archive.document["phase"] == phase
+
+    def _check_data(self, model: OfflineMixin) -> None:
+        expected = None if self._archive is None else self._archive.document["data"]
+        if expected is None:
+            return
+        if model.offline_buffer is None:
+            raise CheckpointError("The run had offline data and the model has none: call set_offline_data(dataset) first.")
+        if (found := self._data_identity(model.offline_buffer)) != expected:
+            raise CheckpointError(
+                f"The dataset is not the one that this run had: expected content with hash {expected[:16]}..., got "
+                f"{found[:16]}.... Pass the same data, in the same order and with the same preparation, or start a run in "
+                "another folder."
+            )
+
+    def _data_identity(self, buffer: ReplayBuffer) -> str:
+        if self._identity is None or self._identity[0]() is not buffer:
+            self._identity = weakref.ref(buffer), data_identity(buffer)
+        return self._identity[1]
+
+    # The callback ------------------------------------------------------------------------------------------------------
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, OfflineMixin):
+            raise TypeError(f"Checkpoints are for the algorithms of cql_plugins.sb3; got {type(self.model).__name__}.")
+        self._check_data(self.model)
+        listeners = getattr(self.model, "_sick_listeners", None)
+        if listeners is not None and self._on_sick not in listeners:
+            listeners.append(self._on_sick)
+
+    def _on_training_start(self) -> None:
+        if self._phase == "offline" and self._waits_for("offline"):
+            self._go_on(self._owner)
+        self._last_save = (self._phase, self._clock(), time.monotonic())
+
+    def _on_step(self) -> bool:
+        if self._owner._is_offline_phase:
+            self._save_where_due()
+        return True
+
+    def _on_rollout_start(self) -> None:
+        """Look between two rollouts: only then has the last step been stored and trained on."""
+        if self._waits_for("online"):
+            self._go_on(self._owner)
+        self._save_where_due()
+
+    def _on_training_end(self) -> None:
+        if self._saved_at != (self._phase, self._clock()):
+            self.save()
+
+    @property
+    def _owner(self) -> OfflineMixin:
+        assert isinstance(self.model, OfflineMixin)
+        return self.model
+
+    @property
+    def _phase(self) -> str:
+        return "offline" if self._owner._is_offline_phase else "online"
+
+    def _clock(self) -> int:
+        return int(self._owner.num_timesteps)
+
+    def _save_where_due(self) -> None:
+        phase, step, moment = self._last_save
+        steps = self._clock() - step if phase == self._phase else self._clock()
+        is_due = (self.save_freq and steps >= self.save_freq) or (
+            self.save_minutes is not None and time.monotonic() - moment >= 60 * self.save_minutes
+        )
+        is_told = self._signals.received is not None
+        if (is_due or is_told) and self._saved_at != (self._phase, self._clock()):
+            self.save()
+        if is_told:
+            self._signals.obey()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the model that trains with this callback.
+
+        Returns:
+            Its path.
+
+        Raises:
+            OSError: If the disk does not take it; older checkpoints and the model are as they were.
+        """
+        model = self._owner
+        document, arrays, tensors = self._contents(model)
+        path = self.files.write(f"{self._phase}_{self._clock()}", document, arrays, tensors)
+        self._saved_at = self._phase, self._clock()
+        self._last_save = (*self._saved_at, time.monotonic())
+        if self.verbose:
+            print(f"Saved {path}")
+        return path
+
+    def _contents(self, model: OfflineMixin) -> tuple[dict[str, Any], Arrays, Any]:
+        data = None if model.offline_buffer is None else self._data_identity(model.offline_buffer)
+        return _checkpoint_contents(model, self._phase, data)
+
+    def _on_sick(self, error: Exception) -> None:
+        """Write the state from before a step that failed; never resumed from, since it would fail again."""
+        path = self.files.folder / f"before_failure_{self._phase}_{self._clock()}.zip"
+        write_archive(path, *self._contents(self._owner))
+        warnings.warn(f"The state before the failed step is in {path}; load_checkpoint(model, path) reads it.", stacklevel=2)
+
+
+# Writing ----------------------------------------------------------------------------------------------------------------
+
+
+def _checkpoint_contents(model: OfflineMixin, phase: str, data: str | None) -> tuple[dict[str, Any], Arrays, Any]:
+    """All of a model's state; nothing is changed."""
+    arrays: Arrays = {}
+    states = random_states()
+    environment, problems = (None, []) if model.env is None else capture_state(model.env, arrays)
+    noise, noise_problems = capture_state(model.action_noise, arrays, "action_noise")
+    counters = {}
+    for name, value in vars(model).items():
+        if name in _COUNTERS or (name.startswith("_") and name not in _NOT_COUNTERS):
+            try:
+                counters[name] = encode(value, arrays, f"counters.{name}")
+            except TypeError:
+                continue  # An object; those that matter are written one by one.
+    document = {
+        "algorithm": type(model).__name__,
+        "phase": phase,
+        "step": int(model.num_timesteps),
+        "n_envs": model.n_envs,
+        "versions": {"stable_baselines3": sb3_version, "torch": th.__version__, "numpy": np.__version__},
+        "options": _options(model),
+        "counters": counters,
+        "data": data,
+        "offline_returns": _capture_offline_returns(model, arrays),
+        "buffer": _capture_buffer(model.replay_buffer, arrays),
+        "environment": environment,
+        "action_noise": [type(model.action_noise).__name__, noise],
+        "unseen": problems + [f"action_noise{problem}" for problem in noise_problems],
+        "random": encode({key: states[key] for key in ("python", "numpy")}, arrays, "random"),
+        "spaces": encode([_generator_of(model.action_space)], arrays, "spaces"),
+    }
+    tensors = {
+        "parameters": model.get_parameters(),
+        "variables": {name: recursive_getattr(model, name).detach() for name in model._get_torch_save_params()[1]},
+        "random": {key: states[key] for key in ("torch", "cuda")},
+        "exploration": {name: value.detach() for name, value in _exploration_tensors(model).items()},
+    }
+    return document, arrays, tensors
+
+
+def _options(model: OfflineMixin) -> dict[str, str]:
+    """What was asked for, as text: enough to tell that a run is asked for something else."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return {
+        name: repr(value)
+        for name, value in vars(model).items()
+        if not name.startswith("_") and name not in (*_COUNTERS, *_NOT_OPTIONS) and isinstance(value, plain)
+    }
+
+
+def _generator_of(space: Any) -> Any:
+    return getattr(space, "_np_random", None)
+
+
+def _exploration_tensors(model: OfflineMixin) -> dict[str, th.Tensor]:
+    """The noise of gSDE that holds until it is drawn anew."""
+    distribution = getattr(getattr(model, "actor", None), "action_dist", None)
+    names = ("exploration_mat", "exploration_matrices")
+    found = {name: getattr(distribution, name, None) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, th.Tensor)}
+
+
+def _capture_buffer(buffer: ReplayBuffer | None, arrays: Arrays) -> dict[str, Any] | None:
+    """Read a replay buffer: its rows so far, and all else that is plain."""
+    if buffer is None:
+        return None
+    columns = column_arrays(buffer)
+    # One row more: where each observation is kept once, it has the newest next observation.
+    n_rows = buffer.buffer_size if buffer.full else min(buffer.pos + 1, buffer.buffer_size)
+    rest = {}
+    for name, value in vars(buffer).items():
+        if name not in (*columns, "actions", "returns_to_go", "device", "env", "infos", "observation_space", "action_space"):
+            try:
+                rest[name] = encode(value, arrays, f"buffer.{name}")
+            except TypeError:
+                continue
+    infos = None
+    if isinstance(buffer, HerReplayBuffer) and buffer.copy_info_dict:
+        try:
+            infos = encode(buffer.infos[:n_rows].tolist(), arrays, "buffer.infos")
+        except TypeError as error:
+            raise CheckpointError(
+                f"copy_info_dict=True: {error}, which a checkpoint cannot hold. Keep plain values in the infos, or set it "
+                "to False."
+            ) from error
+    own: dict[str, Any] = {}
+    for name, value in columns.items():
+        if name != "infos":
+            trimmed = {key: leaf[:n_rows] for key, leaf in value.items()} if isinstance(value, dict) else value[:n_rows]
+            own[name] = encode(trimmed, arrays, f"buffer/{name}")
+    return {
+        "class": type(buffer).__name__,
+        "columns": own,
+        "rest": rest,
+        "infos": infos,
+        "size": [int(buffer.buffer_size), int(buffer.n_envs)],
+        "n_rows": int(n_rows),
+    }
+
+
+def _capture_offline_returns(model: OfflineMixin, arrays: Arrays) -> Any:
+    """Returns of the dataset that depend on more than the dataset: on estimates, or on where rewards are clipped."""
+    buffer = model.offline_buffer
+    if not isinstance(buffer, ReturnsToGoMixin):
+        return None
+    if buffer._return_tail != "bootstrap" and not np.isfinite(buffer._reward_limit):
+        return None
+    names = ("returns_to_go", "_reward_limit", "_largest_reward", "returns_version")
+    return encode({name: getattr(buffer, name) for name in names}, arrays, "offline_returns")
+
+
+def data_identity(buffer: ReplayBuffer) -> str:
+    """Hash what a buffer holds, in its order: observations, actions, rewards and ends.
+
+    Args:
+        buffer: Any.
+
+    Returns:
+        SHA-256, as 64 hexadecimal digits.
+    """
+    size = buffer.size()
+    rows = (np.arange(size) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
+    content = ContentHash()
+    for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
+        value = getattr(buffer, name, None)
+        for key, leaf in value.items() if isinstance(value, dict) else [("", value)]:
+            if leaf is not None:
+                content.add(f"{name}/{key}", leaf, rows)
+    return content.hexdigest()
+
+
+# Reading ----------------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(model: Model, checkpoint: str | Path | Archive) -> Model:
+    """Bring a model to the state of a checkpoint; nothing is unpickled.
+
+    :meth:`Checkpoints.resume` does this with the newest one of a run.
+
+    Args:
+        model: Built as the checkpoint's was.
+        checkpoint: Path of a file that :class:`Checkpoints` wrote.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: If it is damaged, another algorithm's, or of networks of other shapes; the model is as it was.
+    """
+    archive = checkpoint if isinstance(checkpoint, Archive) else read_archive(checkpoint)
+    _require_fit(model, archive)
+    document = archive.document
+    model.set_parameters(archive.tensors["parameters"], exact_match=True, device=model.device)
+    with th.no_grad():
+        for name, value in archive.tensors["variables"].items():
+            recursive_getattr(model, name).copy_(value)
+    _restore_buffer(model, archive)
+    _restore_run(model, archive)
+    changed = {
+        name: (before, now) for name, now in _options(model).items() if (before := document["options"].get(name, now)) != now
+    }
+    if changed:
+        told = ", ".join(f"{name} was {before} and is {now}" for name, (before, now) in changed.items())
+        warnings.warn(f"The run goes on with other options than it had: {told}.", stacklevel=3)
+    if not _same_environments(model, archive):
+        reason = (
+            f"the run had {document['n_envs']} environment(s), the model has {model.n_envs}"
+            if document["n_envs"] != model.n_envs
+            else f"their state could not be read: {'; '.join(document['unseen'])}"
+        )
+        warnings.warn(
+            f"The environments start anew, so what follows is another run than without the stop: {reason}.", stacklevel=3
+        )
+    return model
+
+
+def _require_fit(model: OfflineMixin, archive: Archive) -> None:
+    document = archive.document
+    if document["algorithm"] != type(model).__name__:
+        raise CheckpointError(f"{archive.path} is of {document['algorithm']}; the model is a {type(model).__name__}.")
+    saved, own = archive.tensors["parameters"], model.get_parameters()
+    if saved.keys() != own.keys():
+        raise CheckpointError(
+            f"{archive.path} has {sorted(saved)}; the model has {sorted(own)}: build it with the same options."
+        )
+    shapes = ({name: tuple(value.shape) for name, value in found["policy"].items()} for found in (saved, own))
+    theirs, ours = shapes
+    differing = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
+    if differing:
+        name = sorted(differing)[0]
+        raise CheckpointError(
+            f"{archive.path} has other networks: {name} has shape {theirs.get(name)} there and {ours.get(name)} in the model"
+            f"{f', and {len(differing) - 1} more' if len(differing) > 1 else ''}. Build the model with the same policy_kwargs."
+        )
+
+
+def _same_environments(model: OfflineMixin, archive: Archive) -> bool:
+    return archive.document["n_envs"] == model.n_envs and not archive.document["unseen"]
+
+
+def _restore_run(model: OfflineMixin, archive: Archive) -> None:
+    """Set counters, random states, environments and what else is not a parameter or a stored transition."""
+    document = archive.document
+    is_same = _same_environments(model, archive)
+    for name, value in archive.decoded("counters").items():
+        if is_same or name not in _OF_ENVIRONMENT:
+            setattr(model, name, value)
+    problems = []
+    if document["n_envs"] == model.n_envs:
+        if model.env is not None and document["environment"] is not None:
+            problems += restore_state(model.env, document["environment"], archive.arrays)
+        kind, noise = document["action_noise"]
+        if kind == type(model.action_noise).__name__:  # SB3 makes one for several environments of it when it starts to learn.
+            problems += restore_state(model.action_noise, noise, archive.arrays)
+    if problems:
+        raise CheckpointError(
+            f"{archive.path} has a state of environments that the model's cannot take: {'; '.join(problems)}. Build them as "
+            "the run's were, with the same wrappers."
+        )
+    returns = archive.decoded("offline_returns")
+    if returns is not None and isinstance(model.offline_buffer, ReturnsToGoMixin):
+        model.offline_buffer.returns_to_go[:] = returns.pop("returns_to_go")
+        vars(model.offline_buffer).update(returns)
+    if not is_same:
+        model._last_obs = None
+    distribution = getattr(getattr(model, "actor", None), "action_dist", None)
+    for name, tensor in archive.tensors["exploration"].items():
+        setattr(distribution, name, tensor.to(model.device))
+    (generator,) = archive.decoded("spaces")
+    if generator is not None:
+        model.action_space.np_random.bit_generator.state = generator.bit_generator.state
+    set_random_states({**archive.decoded("random"), **archive.tensors["random"]})
+
+
+def _restore_buffer(model: OfflineMixin, archive: Archive) -> None:
+    saved = archive.document["buffer"]
+    buffer = model.replay_buffer
+    if saved is None or buffer is None:
+        return
+    if saved["class"] != type(buffer).__name__:
+        raise CheckpointError(
+            f"{archive.path} has a {saved['class']}, the model a {type(buffer).__name__}: build it with the same."
+        )
+    size, n_envs = saved["size"]
+    if (size, n_envs) == (buffer.buffer_size, buffer.n_envs):
+        _fill_buffer(buffer, archive)
+        return
+    if not saved["n_rows"]:
+        return
+    old = _empty_like(model, buffer, size, n_envs)
+    _fill_buffer(old, archive)
+    try:
+        refill(buffer, old)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _empty_like(model: OfflineMixin, buffer: ReplayBuffer, size: int, n_envs: int) -> ReplayBuffer:
+    """Build a buffer of another shape as SB3 does."""
+    assert model.replay_buffer_class is not None
+    assert not isinstance(model.observation_space, str)
+    more = {"env": model.env} if isinstance(buffer, HerReplayBuffer) else {}
+    plain = model.replay_buffer_class(
+        size * n_envs,
+        model.observation_space,
+        model.action_space,
+        device=model.device,
+        n_envs=n_envs,
+        optimize_memory_usage=model.optimize_memory_usage,
+        **{**model.replay_buffer_kwargs, **more},
+    )
+    if isinstance(buffer, ReturnsToGoMixin):
+        return with_returns_to_go(plain, buffer._returns_gamma, buffer._return_tail, buffer.failure_reward)
+    return plain
+
+
+def _fill_buffer(buffer: ReplayBuffer, archive: Archive) -> None:
+    saved, n_rows = archive.document["buffer"], archive.document["buffer"]["n_rows"]
+    columns = archive.document["buffer"]["columns"]
+    own = column_arrays(buffer)
+    for name, encoded in columns.items():
+        theirs = decode(encoded, archive.arrays)
+        pairs = [(own[name][key], theirs[key]) for key in theirs] if isinstance(theirs, dict) else [(own[name], theirs)]
+        for target, source in pairs:
+            if target[:n_rows].shape != source.shape or target.dtype != source.dtype:
+                raise CheckpointError(
+                    f"{archive.path}: {name} of the replay buffer has shape {source.shape} and type {source.dtype} there, and "
+                    f"room for {target[:n_rows].shape} of {target.dtype} in the model. Build it with the same spaces."
+                )
+            target[:n_rows] = source
+    if saved["infos"] is not None:
+        assert isinstance(buffer, HerReplayBuffer)
+        buffer.infos[:n_rows] = np.array(decode(saved["infos"], archive.arrays), dtype=object)
+    for name, value in saved["rest"].items():
+        if name not in ("buffer_size", "n_envs"):
+            setattr(buffer, name, decode(value, archive.arrays))
+
+
+__all__ = ["CheckpointError", "Checkpoints", "data_identity", "load_checkpoint"]

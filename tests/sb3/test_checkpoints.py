@@ -1,0 +1,655 @@
+"""A run that is stopped and started again is the run that was not: bit for bit, offline and online."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from cql_plugins._env_state import capture_state, restore_state
+from cql_plugins.adapters import OfflineDataset
+from cql_plugins.sb3 import (
+    CQL,
+    CQLQRDQN,
+    CQLTQC,
+    CalQL,
+    CheckpointError,
+    Checkpoints,
+    DiscreteCalQL,
+    DiscreteCQL,
+    ResumableEnv,
+    load_checkpoint,
+)
+from cql_plugins.sb3.checkpoints import data_identity
+from tests.sb3.conftest import build, collect, corridors
+
+Builder = Callable[[], Any]
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """All that must be equal: parameters, optimisers, buffers, counters, and the numbers that would be drawn next."""
+    found: dict[str, Any] = {"drawn": (random.random(), np.random.rand(), th.rand(1).item())}
+    for name, state in model.get_parameters().items():
+        _flatten(state, name, found)
+    for name in model._get_torch_save_params()[1]:
+        found[name] = getattr(model, name).detach().clone()
+    for name in ("num_timesteps", "_n_updates", "_n_offline_steps", "_episode_num", "_n_calls", "exploration_rate"):
+        found[name] = getattr(model, name, None)
+    _flatten(
+        {key: value for key, value in vars(model.replay_buffer).items() if isinstance(value, (np.ndarray, dict, int))},
+        "buffer",
+        found,
+    )
+    _flatten(model._last_obs, "last_obs", found)
+    return found
+
+
+def _flatten(tree: Any, name: str, found: dict[str, Any]) -> None:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _flatten(value, f"{name}.{key}", found)
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            _flatten(value, f"{name}.{index}", found)
+    else:
+        found[name] = tree
+
+
+def different(first: dict[str, Any], second: dict[str, Any]) -> set[str]:
+    assert first.keys() == second.keys()
+    return {name for name, value in first.items() if not _same(value, second[name])}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, th.Tensor):
+        return th.equal(one, other)
+    if isinstance(one, np.ndarray) and one.dtype.hasobject:
+        return repr(one.tolist()) == repr(other.tolist())
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    return bool(one == other)
+
+
+def stir() -> None:
+    """What another process would have: other random numbers."""
+    random.seed()
+    np.random.seed()
+    th.seed()
+
+
+class StopError(Exception):
+    pass
+
+
+def stopping_at(step: int) -> Callable[[dict[str, Any], dict[str, Any]], bool]:
+    """A callback that breaks off as a crash would: with no goodbye to other callbacks."""
+
+    def stop(local: dict[str, Any], _: Any) -> bool:
+        if local["self"].num_timesteps >= step:
+            raise StopError
+        return True
+
+    return stop
+
+
+OFFLINE: dict[str, Builder] = {
+    "CQL": lambda: build(CQL, seed=1, cql_lagrange_threshold=1.0),
+    "CalQL, bootstrap": lambda: build(CalQL, seed=1, return_tail="bootstrap"),
+    "CalQL, drawn rows": lambda: build(CalQL, seed=1, cql_n_backward=3, bc_steps=5),
+    "CalQL, bf16": lambda: build(CalQL, seed=1, precision="bf16"),
+    "CQLTQC": lambda: build(CQLTQC, seed=1),
+    "DiscreteCQL": lambda: build(DiscreteCQL, corridors(discrete=True), seed=1),
+    "DiscreteCalQL": lambda: build(DiscreteCalQL, corridors(discrete=True), seed=1),
+    "CQLQRDQN": lambda: build(CQLQRDQN, corridors(discrete=True), seed=1),
+    "VecNormalize": lambda: build(CalQL, VecNormalize(corridors()), seed=1),
+}
+
+
+def data_for(name: str) -> OfflineDataset:
+    return collect(discrete=name in ("DiscreteCQL", "DiscreteCalQL", "CQLQRDQN"))
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_offline_a_run_goes_on_bit_for_bit_from_any_step(tmp_path: Path, name: str) -> None:
+    build_model, dataset = OFFLINE[name], data_for(name)
+    undisturbed = Checkpoints(tmp_path / "whole", save_freq=3).learn_offline(build_model(), dataset, 11)
+    expected = fingerprint(undisturbed)
+
+    def start(folder: str, callback: Any = None) -> Any:
+        stir()
+        run = Checkpoints(tmp_path / folder, save_freq=3)
+        return run.learn_offline(run.resume(build_model()), data_for(name), 11, callback=callback)
+
+    for step in (5, 8):  # Two crashes in one run.
+        with pytest.raises(StopError):
+            start("cut", stopping_at(step))
+    saved = [path.name for path in Checkpoints(tmp_path / "cut").files.paths()]
+    assert saved == ["checkpoint_000001_offline_3.zip", "checkpoint_000002_offline_6.zip"]
+    resumed = start("cut")
+    assert different(fingerprint(resumed), expected) == set()
+    # Without checkpoints at all, too.
+    plain = build_model().learn_offline(dataset, 11)
+    assert different(fingerprint(plain), expected) == set()
+    # The twin: random states of another process.
+    run = Checkpoints(tmp_path / "cut2", save_freq=3)
+    with pytest.raises(StopError):
+        run.learn_offline(run.resume(build_model()), dataset, 11, callback=stopping_at(5))
+    other = load_checkpoint(build_model(), run.files.paths()[-1])
+    stir()
+    other.learn_offline(dataset, 8)
+    assert "policy" in {name.split(".")[0] for name in different(fingerprint(other), expected)}
+
+
+def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
+    run = Checkpoints(tmp_path)
+    expected = fingerprint(run.learn_offline(build(CQL, seed=1), collect(), 4))
+    again = Checkpoints(tmp_path)
+    stir()
+    model = again.resume(build(CQL, seed=1))
+    again.learn_offline(model, collect(), 4)
+    assert different(fingerprint(model), expected) == set()
+    assert len(again.files.paths()) == 1
+
+
+def pendulum(n_envs: int, **kwargs: Any) -> VecEnv:
+    return make_vec_env("Pendulum-v1", n_envs, env_kwargs=kwargs)
+
+
+def normalized(env: VecEnv) -> VecNormalize:
+    return VecNormalize(env, norm_obs=True, norm_reward=True, clip_reward=2.0)
+
+
+_PLAIN: dict[str, Any] = {"replay_buffer_kwargs": {"handle_timeout_termination": False}}
+NOISE: dict[str, Builder] = {
+    "normal": lambda: NormalActionNoise(np.zeros(1), 0.3 * np.ones(1)),
+    "ou": lambda: OrnsteinUhlenbeckActionNoise(np.zeros(1), 0.3 * np.ones(1)),
+}
+ONLINE: dict[str, tuple[Builder, str]] = {
+    "CQL": (lambda: build(CQL, corridors(), seed=1, learning_starts=12), "vector"),
+    "CalQL, 4": (lambda: build(CalQL, corridors(4), seed=1), "vector"),
+    "CalQL, normalized, 4": (lambda: build(CalQL, normalized(corridors(4)), seed=1, return_tail="bootstrap"), "vector"),
+    "CalQL, frames": (lambda: build(CQL, VecFrameStack(corridors(2), 3), seed=1), ""),
+    "CalQL, steps": (lambda: build(CalQL, corridors(2), seed=1, n_steps=3), "vector"),
+    "CQL, memory": (lambda: build(CQL, corridors(), seed=1, optimize_memory_usage=True, **_PLAIN), "vector"),
+    "CQL, ou, 2": (lambda: build(CQL, corridors(2), seed=1, action_noise=NOISE["ou"]()), "vector"),
+    "CQL, gSDE": (lambda: build(CQL, corridors(2), seed=1, use_sde=True, sde_sample_freq=3, train_freq=5), "vector"),
+    "CalQL, dict": (lambda: build(CalQL, corridors(form="dict"), form="dict", seed=1), "dict"),
+    "CalQL, episodes": (lambda: build(CalQL, corridors(), seed=1, train_freq=(1, "episode")), "vector"),
+    "CalQL, small": (lambda: build(CalQL, corridors(2), seed=1, buffer_size=20), "vector"),
+    "DiscreteCalQL": (lambda: build(DiscreteCalQL, corridors(2, discrete=True), seed=1), "discrete"),
+    "CQLQRDQN": (lambda: build(CQLQRDQN, corridors(discrete=True), seed=1), "discrete"),
+    "Hindsight": (
+        lambda: build(
+            CalQL,
+            corridors(2, form="goal"),
+            form="goal",
+            seed=1,
+            learning_starts=20,
+            replay_buffer_class=HerReplayBuffer,
+            replay_buffer_kwargs={"n_sampled_goal": 2, "copy_info_dict": True},
+        ),
+        "",
+    ),
+}
+
+
+def online_data(form: str) -> OfflineDataset | None:
+    if not form:
+        return None
+    return collect(discrete=True) if form == "discrete" else collect(form=form)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_online_a_run_goes_on_bit_for_bit_even_within_episodes(tmp_path: Path, name: str) -> None:
+    build_model, form = ONLINE[name]
+
+    def start(folder: str, offline_callback: Any = None, callback: Any = None) -> Any:
+        stir()
+        run = Checkpoints(tmp_path / folder, save_freq=7)
+        model = run.resume(build_model())
+        if (dataset := online_data(form)) is not None:
+            run.learn_offline(model, dataset, 5, callback=offline_callback)
+        return run.learn(model, 60, callback=callback)
+
+    expected = fingerprint(start("whole"))
+    with pytest.raises(StopError):
+        start("cut", callback=stopping_at(4))  # The online phase has no checkpoint yet.
+    with pytest.raises(StopError):
+        start("cut", callback=stopping_at(27))
+    with pytest.raises(StopError):
+        start("cut", callback=stopping_at(44))
+    assert different(fingerprint(start("cut")), expected) == set()
+    if form and "memory" not in name:
+        plain = build_model()
+        plain.learn_offline(online_data(form), 5)
+        plain.learn(60)
+        assert different(fingerprint(plain), expected) == set()
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Ant-v5", "Pendulum-v1", "CartPole-v1", "Acrobot-v1"])
+def test_environments_go_on_within_an_episode(env_id: str) -> None:
+    if env_id in ("HalfCheetah-v5", "Ant-v5"):
+        pytest.importorskip("mujoco")
+    first, second = (make_vec_env(env_id, 2, seed=seed) for seed in (3, 4))
+    steps = np.random.default_rng(0)
+    actions = [
+        [steps.uniform(-1, 1, first.action_space.shape) if first.action_space.shape else steps.integers(2) for _ in range(2)]
+        for _ in range(60)
+    ]
+    first.reset()
+    second.reset()
+    for action in actions[:23]:
+        first.step(np.asarray(action))
+    arrays: dict[str, Any] = {}
+    state, problems = capture_state(first, arrays)
+    assert problems == []
+    twin = make_vec_env(env_id, 2, seed=5)
+    twin.reset()
+    assert restore_state(second, state, arrays) == []
+    differs = False
+    one: Any
+    other: Any
+    for action in actions[23:]:
+        one, other, third = (env.step(np.asarray(action)) for env in (first, second, twin))
+        for mine, theirs in zip(one[:3], other[:3], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+        differs |= not np.array_equal(one[0], third[0])
+    assert differs
+    one, other = np.asarray(first.reset()), np.asarray(second.reset())
+    np.testing.assert_array_equal(one, other)
+
+
+def test_environments_in_other_processes_go_on_with_their_wrapper(tmp_path: Path) -> None:
+    def start(folder: str, callback: Any = None, wrapper: Any = ResumableEnv) -> Any:
+        stir()
+        run = Checkpoints(tmp_path / folder, save_freq=10)
+        env = make_vec_env(
+            "Pendulum-v1", 2, vec_env_cls=SubprocVecEnv, wrapper_class=wrapper, vec_env_kwargs={"start_method": "fork"}
+        )
+        try:
+            return fingerprint(run.learn(run.resume(build(CQL, env, seed=1, learning_starts=5)), 40, callback=callback))
+        finally:
+            env.close()
+
+    expected = start("whole")
+    with pytest.raises(StopError):
+        start("cut", stopping_at(25))
+    assert different(start("cut"), expected) == set()
+    with pytest.raises(StopError):
+        start("bare", stopping_at(25), wrapper=None)
+    with pytest.warns(UserWarning, match="wrap each in cql_plugins.sb3.ResumableEnv"):
+        start("bare", wrapper=None)
+
+
+class Hidden(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment with something that Python cannot look into."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.engine = memoryview(b"state")
+
+
+def test_what_cannot_be_read_is_named_and_starts_anew(tmp_path: Path) -> None:
+    def model() -> Any:
+        return build(CalQL, DummyVecEnv([lambda: Hidden(gym.make("Pendulum-v1"))]), seed=1, learning_starts=5)
+
+    run = Checkpoints(tmp_path, save_freq=10)
+    with pytest.raises(StopError):
+        run.learn(model(), 40, callback=stopping_at(25))
+    again = Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match=r"start anew.*envs\[0\]\.engine \(builtins\.memoryview\)"):
+        resumed = again.resume(model())
+    again.learn(resumed, 40)
+    assert resumed.num_timesteps == 40
+    assert resumed.replay_buffer._cuts[:40].sum() == 1  # The episode that ran was broken off, and no return is known for it.
+    assert np.isneginf(resumed.replay_buffer.returns_to_go[:20]).all()
+
+
+# Another number of environments -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (3, 2)])
+@pytest.mark.parametrize("kind", ["CalQL", "steps", "hindsight", "DiscreteCQL"])
+def test_a_run_goes_on_with_another_number_of_environments(tmp_path: Path, before: int, after: int, kind: str) -> None:
+    def model(n_envs: int) -> Any:
+        if kind == "DiscreteCQL":
+            return build(DiscreteCQL, corridors(n_envs, discrete=True), seed=1)
+        if kind == "hindsight":
+            options = {"replay_buffer_class": HerReplayBuffer, "learning_starts": 20}
+            return build(CalQL, corridors(n_envs, form="goal"), form="goal", seed=1, **options)
+        return build(CalQL, corridors(n_envs), seed=1, n_steps=3 if kind == "steps" else 1)
+
+    run = Checkpoints(tmp_path, save_freq=1000)
+    old = run.learn(model(before), 60)
+    again = Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match=f"the run had {before} environment.*the model has {after}"):
+        new = again.resume(model(after))
+    assert new.num_timesteps == old.num_timesteps
+    rows = transitions(new.replay_buffer)
+    assert rows <= transitions(old.replay_buffer)
+    finished = transitions(old.replay_buffer, finished=True)
+    assert len(rows) > 0.8 * len(finished if kind == "hindsight" else transitions(old.replay_buffer))
+    again.learn(new, 100)
+    assert new.num_timesteps >= 100
+
+
+def transitions(buffer: Any, finished: bool = False) -> set[tuple[Any, ...]]:
+    """What a buffer holds, each transition with its return-to-go, as a set."""
+    found = set()
+    for row in range(buffer.size()):
+        for env in range(buffer.n_envs):
+            if isinstance(buffer, HerReplayBuffer) and buffer.ep_length[row, env] == 0:
+                continue
+            if finished and np.isneginf(getattr(buffer, "returns_to_go", buffer.rewards)[row, env]):
+                continue
+            before, after = buffer.observations, buffer.next_observations
+            observations = (
+                [part[key][row, env].tobytes() for part in (before, after) for key in sorted(part)]
+                if isinstance(before, dict)
+                else [before[row, env].tobytes(), after[row, env].tobytes()]
+            )
+            returns = getattr(buffer, "returns_to_go", None)
+            found.add(
+                (
+                    *observations,
+                    buffer.actions[row, env].tobytes(),
+                    float(buffer.rewards[row, env]),
+                    None if returns is None else float(returns[row, env]),
+                )
+            )
+    return found
+
+
+def test_sb3_s_own_buffer_file_goes_on_with_another_number_of_environments(tmp_path: Path) -> None:
+    old = build(CalQL, corridors(1), seed=1).learn(60)
+    old.save(tmp_path / "model")
+    old.save_replay_buffer(tmp_path / "buffer")
+    new: Any = CalQL.load(tmp_path / "model", env=corridors(4))
+    new.load_replay_buffer(tmp_path / "buffer")
+    assert new.replay_buffer.n_envs == 4
+    own, theirs = transitions(new.replay_buffer), transitions(old.replay_buffer)
+    assert {row[:-1] for row in own} <= {row[:-1] for row in theirs}
+    assert len(own) >= 57
+    # Where a column ends within an episode, its returns are not known any more.
+    assert {row for row in own if row[-1] > -np.inf} <= theirs
+    assert len(own & theirs) > 30
+    new.learn(20, reset_num_timesteps=False)
+
+
+def test_rows_that_are_each_other_s_next_observations_cannot_be_rearranged(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optimize_memory_usage": True, **_PLAIN}
+    run = Checkpoints(tmp_path)
+    run.learn(build(CQL, corridors(1), seed=1, **options), 30)
+    model = build(CQL, corridors(2), seed=1, **options)
+    with pytest.raises(CheckpointError, match="each other's next observations"):
+        Checkpoints(tmp_path).resume(model)
+
+
+# What does not belong together --------------------------------------------------------------------------------------------
+
+
+def test_another_dataset_is_refused_and_the_same_one_built_anew_is_not(tmp_path: Path) -> None:
+    dataset = collect()
+    Checkpoints(tmp_path).learn_offline(build(CQL, seed=1), dataset, 3)
+    rewards = np.array(dataset.rewards)
+    rewards[7] += 1e-3
+    changed = OfflineDataset(
+        dataset.observations,
+        dataset.actions,
+        rewards,
+        dataset.terminations,
+        dataset.truncations,
+        observation_space=dataset.observation_space,
+        action_space=dataset.action_space,
+    )
+    for other, steps in ((changed, 5), (changed, 3), (dataset[::-1], 5)):
+        run = Checkpoints(tmp_path)
+        model = run.resume(build(CQL, seed=1))
+        with pytest.raises(CheckpointError, match="not the one that this run had"):
+            run.learn_offline(model, other, steps)
+        assert model._n_updates == 3
+    run = Checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match="call set_offline_data"):
+        run.learn(run.resume(build(CQL, seed=1)), 10)
+    run = Checkpoints(tmp_path)
+    run.learn_offline(run.resume(build(CQL, seed=1)), collect(), 5)
+
+
+def test_the_identity_is_of_the_data_and_not_of_what_was_computed_from_it() -> None:
+    def identity(**options: Any) -> str:
+        model = build(CalQL, seed=1, **options).set_offline_data(collect())
+        model.learn_offline(model.offline_buffer, 2)
+        return data_identity(model.offline_buffer)
+
+    first = identity()
+    assert identity(return_tail="bootstrap", gamma=0.5) == first
+    model = build(CalQL, seed=1).set_offline_data(collect())
+    model.offline_buffer.observations  # noqa: B018
+    model.offline_buffer.actions[3, 0, 0] += 1e-3
+    assert data_identity(model.offline_buffer) != first
+
+
+def test_a_checkpoint_of_something_else_is_refused_and_the_model_stays_as_it_was(tmp_path: Path) -> None:
+    run = Checkpoints(tmp_path)
+    run.learn_offline(build(CQL, seed=1), collect(), 3)
+    wrong = {
+        "is of CQL; the model is a CalQL": build(CalQL, seed=2),
+        "shape": build(CQL, seed=2, policy_kwargs={"net_arch": [5]}),
+        "build it with the same options": build(CQL, seed=2, cql_lagrange_threshold=1.0),
+    }
+    for message, model in wrong.items():
+        before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoints(tmp_path).resume(model)
+        assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
+    with pytest.warns(UserWarning, match=r"gamma was 0\.\d+ and is 0\.5"):
+        Checkpoints(tmp_path).resume(build(CQL, seed=1, gamma=0.5))
+    with pytest.raises(TypeError, match="SAC"):
+        SAC("MlpPolicy", corridors()).learn(1, callback=Checkpoints(tmp_path))
+    for arguments in ({"save_freq": -1}, {"save_minutes": 0.0}, {"keep_last": 0}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            Checkpoints(tmp_path, **arguments)
+
+
+# When and where -----------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_come_by_steps_by_time_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(folder: str, **options: Any) -> list[str]:
+        run = Checkpoints(tmp_path / folder, keep_last=None, **options)
+        model = run.learn_offline(build(CQL, seed=1), collect(), 10)
+        run.learn(model, 20)
+        return [path.stem.split("_", 2)[2] for path in run.files.paths()]
+
+    assert names("steps", save_freq=4) == ["offline_4", "offline_8", "offline_10", *[f"online_{n}" for n in (4, 8, 12, 16, 20)]]
+    assert names("none", save_freq=0) == ["offline_10", "online_20"]
+    clock = iter(range(0, 100_000, 20))
+    monkeypatch.setattr("cql_plugins.sb3.checkpoints.time.monotonic", lambda: float(next(clock)))
+    by_time = names("minutes", save_freq=0, save_minutes=1.0)
+    assert "offline_3" in by_time
+    assert 4 < len(by_time) < 20
+
+
+# When things go wrong ---------------------------------------------------------------------------------------------------------
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class FullDisk(Checkpoints):
+    """A run that may write so many bytes to a file and no more."""
+
+    room: int | None = None
+
+    def save(self) -> Path:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if self.room is None else self.room, hard))
+        try:
+            return super().save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on files")
+@pytest.mark.parametrize("room", [0, 1000, 20_000])
+def test_a_disk_without_room_is_said_and_nothing_is_lost(tmp_path: Path, room: int) -> None:
+    expected = fingerprint(build(CQL, seed=1).learn_offline(collect(), 10))
+    run = FullDisk(tmp_path, save_freq=3)
+    model = build(CQL, seed=1)
+    run.learn_offline(model, collect(), 6)
+    before = _contents(tmp_path)
+    assert len(before) == 2
+    run.room = room
+    with pytest.raises(OSError, match=r"could not write .*checkpoint_000003_offline_9\.zip; nothing was left there") as raised:
+        run.learn_offline(model, collect(), 10)
+    assert raised.value.errno == errno.EFBIG
+    assert _contents(tmp_path) == before
+    # With room again the same process goes on, as does another one.
+    run.room = None
+    assert model._n_offline_steps == 9
+    run.learn_offline(model, collect(), 10)
+    assert different(fingerprint(model), expected) == set()
+    for name in set(_contents(tmp_path)) - before.keys():
+        (tmp_path / name).unlink()
+    stir()
+    again = Checkpoints(tmp_path)
+    assert different(fingerprint(again.learn_offline(again.resume(build(CQL, seed=1)), collect(), 10)), expected) == set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process of another user")
+def test_a_folder_that_cannot_be_written_is_said_and_older_checkpoints_stay(tmp_path: Path) -> None:
+    """As another user where the tests run as root, to whom nothing is forbidden."""
+    run = Checkpoints(tmp_path / "run", save_freq=3)
+    run.learn_offline(build(CQL, seed=1), collect(), 3)
+    before = _contents(tmp_path)
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o111)
+    model = again = None
+    (tmp_path / "run").chmod(0o555)
+    try:
+        again = Checkpoints(tmp_path / "run", save_freq=3)
+        model = again.resume(build(CQL, seed=1))
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError, match=r"Permission denied: could not write .*offline_6\.zip"):
+                again.learn_offline(model, collect(), 10)
+        finally:
+            os.seteuid(user)
+    finally:
+        (tmp_path / "run").chmod(0o755)
+    assert _contents(tmp_path) == before
+    again.learn_offline(model, collect(), 10)
+    assert different(fingerprint(model), fingerprint(build(CQL, seed=1).learn_offline(collect(), 10))) <= {"drawn"}
+
+
+_SCRIPT = """
+import sys, time
+from stable_baselines3.common.callbacks import BaseCallback
+from tests.sb3.conftest import build, collect, corridors
+from cql_plugins.sb3 import CalQL, Checkpoints
+
+class Slow(BaseCallback):
+    def _on_step(self):
+        if self.num_timesteps == 5:
+            print("ready", flush=True)
+        time.sleep(0.02)
+        return True
+
+run = Checkpoints(sys.argv[1], save_freq=0)
+model = run.resume(build(CalQL, corridors(), seed=1))
+print("from", model._n_offline_steps, model.num_timesteps, flush=True)
+slow = Slow() if sys.argv[2] != "fast" else None
+run.learn_offline(model, collect(), 40, callback=slow if sys.argv[2] == "offline" else None)
+run.learn(model, 40, callback=slow if sys.argv[2] == "online" else None)
+model.save(sys.argv[1] + "/final")
+"""
+
+
+def _start(folder: Path, phase: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "ignore", "-c", _SCRIPT, str(folder), phase]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+
+
+def _wait_for(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout is not None
+    for text in process.stdout:
+        if text.startswith(line):
+            return
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_signals_end_a_run_with_a_checkpoint_and_it_goes_on(tmp_path: Path) -> None:
+    whole, cut, twice = (tmp_path / name for name in ("whole", "cut", "twice"))
+    undisturbed = _start(whole, "fast")
+    first = _start(cut, "offline")
+    _wait_for(first, "ready")
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 143, first.communicate()[1]
+    second = _start(cut, "online")
+    _wait_for(second, "from")
+    _wait_for(second, "ready")
+    second.send_signal(signal.SIGINT)
+    errors = second.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in errors
+    steps = [path.stem.split("_", 2)[2] for path in Checkpoints(cut).files.paths()]
+    assert steps[0].startswith("offline")
+    assert 5 <= int(steps[0].split("_")[1]) < 40
+    assert steps[-2] == "offline_40"
+    assert 5 <= int(steps[-1].split("_")[1]) < 40
+    third = _start(cut, "fast")
+    assert third.wait(60) == 0, third.communicate()[1]
+    assert undisturbed.wait(60) == 0, undisturbed.communicate()[1]
+    one, other = (CalQL.load(folder / "final", env=corridors()) for folder in (whole, cut))
+    assert all(th.equal(value, other.policy.state_dict()[name]) for name, value in one.policy.state_dict().items())
+    # Twice SIGINT: at once, with what there was and nothing half-written.
+    fourth = _start(twice, "offline")
+    _wait_for(fourth, "ready")
+    fourth.send_signal(signal.SIGSTOP)
+    fourth.send_signal(signal.SIGINT)
+    fourth.send_signal(signal.SIGCONT)
+    fourth.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in fourth.communicate(timeout=60)[1]
+    assert not [path for path in _contents(twice) if path.startswith(".")]
+    for process in (undisturbed, first, second, third, fourth):
+        process.communicate()
+
+
+def test_two_runs_in_one_process_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """They draw from the same streams, by SB3's design; what is stored of one is not changed by the other."""
+    one, other = Checkpoints(tmp_path / "one", save_freq=3), Checkpoints(tmp_path / "other", save_freq=3)
+    first, second = build(CQL, seed=1), build(CalQL, seed=2)
+    one.learn_offline(first, collect(), 3)
+    other.learn_offline(second, collect(), 3)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "other").iterdir()}
+    resumed = Checkpoints(tmp_path / "one").resume(build(CQL, seed=9))
+    assert different(_flat(resumed.get_parameters()), _flat(first.get_parameters())) == set()
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    _flatten(tree, "", found)
+    return found
