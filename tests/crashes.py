@@ -91,10 +91,12 @@ def child(folder: Path) -> None:
     run.learn(model, ONLINE_STEPS, callback=tell)
     leaves: dict[str, Any] = {}
     _flatten(model.get_parameters(), "", leaves)
+    assert model.log_ent_coef is not None
     leaves["log_ent_coef"] = model.log_ent_coef.detach().numpy()
     leaves["counters"] = np.array([model.num_timesteps, model._n_updates, model._n_offline_steps, model._episode_num])
     leaves["next"] = np.array([th.rand(1).item(), np.random.rand(), random.random()])
-    leaves["rows"] = model.replay_buffer.observations[: model.replay_buffer.size()]
+    assert model.replay_buffer is not None
+    leaves["rows"] = np.asarray(model.replay_buffer.observations)[: model.replay_buffer.size()]
     np.savez(folder / "writing.npz", **leaves)
     os.replace(folder / "writing.npz", folder / "final.npz")
     print("done", flush=True)
@@ -105,7 +107,8 @@ def _flatten(tree: Any, name: str, leaves: dict[str, Any]) -> None:
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             _flatten(value, f"{name}.{key}", leaves)
     else:
-        leaves[name.strip(".")] = np.asarray(tree)
+        array = np.asarray(tree)
+        leaves[name.strip(".")] = np.asarray(repr(tree)) if array.dtype.hasobject else array
 
 
 @dataclass
@@ -200,7 +203,9 @@ def kill_once(folder: Path, rng: random.Random, aim_at_save: bool, durations: li
         return True
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def differing(one: Path, other: Path) -> list[str]:
