@@ -269,7 +269,7 @@ class OfflineMixin(OffPolicyAlgorithm):
         Raises:
             ValueError: If it cannot be rearranged (``optimize_memory_usage``).
         """
-        own = self.replay_buffer
+        own = getattr(self, "replay_buffer", None)  # SB3's users delete it before they load one.
         super().load_replay_buffer(path, truncate_last_traj)
         loaded = self.replay_buffer
         if own is not None and loaded is not None and own is not loaded and own.n_envs != loaded.n_envs:

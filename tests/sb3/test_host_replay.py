@@ -288,10 +288,15 @@ def test_a_buffer_of_another_number_of_environments(algorithm: Any, host: Any, t
     assert model.replay_buffer.n_envs == wanted
     assert model.offline_buffer.n_envs == saved
 
-    # As the buffer to collect into it cannot: said before the first step, not by NumPy in the middle of it.
+    # Loaded as the buffer to collect into, it is rearranged.
     model = host.build(algorithm, host.corridors(wanted))
     model.load_replay_buffer(tmp_path / "buffer")
-    model.train(1, 8)
+    assert model.replay_buffer.n_envs == wanted
+    assert model.replay_buffer.size() * wanted == collector.replay_buffer.size() * saved
+    model.learn(8)
+
+    # Assigned by hand, it does not fit: said before the first step, not by NumPy in the middle of it.
+    model.replay_buffer = collector.replay_buffer
     with pytest.raises(ValueError, match=rf"{saved} environment.* {wanted}:.*set_offline_data"):
         model.learn(8)
 
