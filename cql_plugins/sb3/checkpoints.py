@@ -41,8 +41,8 @@ Model = TypeVar("Model", bound=OfflineMixin)
 _COUNTERS = ("num_timesteps", "exploration_rate", "ep_info_buffer", "ep_success_buffer")
 """Attributes without an underscore that training changes."""
 _NOT_COUNTERS = (
-    "_buffer_waits_for_env", "_custom_logger", "_logger", "_num_timesteps_at_start", "_offline_source", "_sick_listeners",
-    "_stats_window_size", "_total_timesteps", "_vec_normalize_env", "_workspace",
+    "_buffer_waits_for_env", "_custom_logger", "_logger", "_num_timesteps_at_start", "_offline_source", "_random_states",
+    "_sick_listeners", "_stats_window_size", "_total_timesteps", "_vec_normalize_env", "_workspace",
 )  # fmt: skip
 _NOT_OPTIONS = ("data_device", "device", "n_envs", "offline_buffer", "seed", "start_time", "tensorboard_log", "verbose")
 _OF_ENVIRONMENT = ("_last_obs", "_last_original_obs", "_last_episode_starts")
@@ -543,7 +543,10 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
     (generator,) = archive.decoded("spaces")
     if generator is not None:
         model.action_space.np_random.bit_generator.state = generator.bit_generator.state
-    set_random_states({**archive.decoded("random"), **archive.tensors["random"]})
+    states = {**archive.decoded("random"), **archive.tensors["random"]}
+    set_random_states(states)
+    if model._random_states is not None:
+        model._random_states = states
 
 
 def _restore_buffer(model: OfflineMixin, archive: Archive) -> None:

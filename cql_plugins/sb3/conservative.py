@@ -226,7 +226,8 @@ class ConservativeMixin(OfflineMixin):
             ValueError: If this is one of several processes that ``torch.distributed`` or its launcher knows of.
         """
         name = type(self).__name__ if tb_log_name is None else tb_log_name
-        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+        with self._own_streams():
+            return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
 
 class CalibratedMixin(ConservativeMixin):

@@ -11,6 +11,8 @@ import time
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -33,6 +35,7 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from cql_plugins._checkpoints import random_states, set_random_states
 from cql_plugins._nested import flatten_space
 from cql_plugins.returns import discounted_suffix_sum
 from cql_plugins.sb3.batches import Batch, concatenate
@@ -67,6 +70,10 @@ class OfflineProgressBarCallback(ProgressBarCallback):
 
 class OfflineMixin(OffPolicyAlgorithm):
     """Offline pre-training and offline-to-online fine-tuning for the SB3 off-policy algorithm that follows it in the bases.
+
+    With a ``seed`` the model trains on random streams of its own, which start where SB3's seeding leaves the global ones: other
+    models in the process neither disturb them nor are disturbed. ``model.set_random_seed`` starts them anew; seeding the global
+    streams does not. Without a seed the model draws from the global streams, as SB3's do.
 
     Args:
         *args: See the base class, as all keyword arguments but these.
@@ -111,6 +118,8 @@ class OfflineMixin(OffPolicyAlgorithm):
         self._offline_source: tuple[Any, ...] | None = None
         # The count of environment steps while gradient steps are the clock.
         self._num_timesteps_online: int | None = None
+        # With a seed: where the model's own random streams stand between two calls that train.
+        self._random_states: dict[str, Any] | None = None
         # The processes that train together, during such a `learn_offline`.
         self._ranks: Ranks | None = None
         super().__init__(*args, **kwargs)
@@ -235,6 +244,33 @@ class OfflineMixin(OffPolicyAlgorithm):
             self.buffer_size = wanted
         self._buffer_waits_for_env = self.env is None
         self._prepare_online_buffer()
+        if self.seed is not None:
+            self._random_states = random_states()
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Set the seed, see SB3; the model's own random streams start from it.
+
+        Args:
+            seed: ``None`` changes nothing.
+        """
+        super().set_random_seed(seed)
+        if seed is not None:
+            self._random_states = random_states()
+
+    @contextmanager
+    def _own_streams(self) -> Iterator[None]:
+        """Train with the model's own random streams where it has a seed: what other models draw in between is nothing to it."""
+        own, self._random_states = self._random_states, None
+        if own is None:
+            yield
+            return
+        others = random_states()
+        set_random_states(own)
+        try:
+            yield
+        finally:
+            self._random_states = random_states()
+            set_random_states(others)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Set the environment, see SB3; a model that was built without one gets its replay buffer now.
@@ -331,39 +367,40 @@ class OfflineMixin(OffPolicyAlgorithm):
             self._check_ranks(n_ranks)
         self.set_offline_data(dataset)
         name = f"{type(self).__name__}_offline" if tb_log_name is None else tb_log_name
-        try:
-            if n_ranks > 1:
-                self._ranks = Ranks(self.device)
-                self._follow_first_rank(self._ranks, gradient_steps=gradient_steps, log_interval=log_interval)
-                if not self._ranks.is_first:
-                    callback, progress_bar = None, False
-            listener = self._setup_learn_offline(gradient_steps, callback, name, progress_bar)
-            total_timesteps = self._total_timesteps
-            listener.on_training_start(
-                {"self": self, "total_timesteps": total_timesteps, "tb_log_name": name, "log_interval": log_interval},
-                globals(),
-            )
-            while self.num_timesteps < total_timesteps:
-                self.train(gradient_steps=1, batch_size=self.batch_size // n_ranks)
-                self._n_offline_steps += 1
-                self.num_timesteps = self._n_offline_steps
-                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                listener.update_locals({"self": self, "infos": [], "dones": np.zeros(0, dtype=bool)})
-                goes_on = listener.on_step()
-                if self._ranks is not None:
-                    goes_on = self._ranks.decision_of_first(goes_on)
-                if not goes_on:
-                    break
-                if log_interval and self.num_timesteps % log_interval == 0:
+        with self._own_streams():
+            try:
+                if n_ranks > 1:
+                    self._ranks = Ranks(self.device)
+                    self._follow_first_rank(self._ranks, gradient_steps=gradient_steps, log_interval=log_interval)
+                    if not self._ranks.is_first:
+                        callback, progress_bar = None, False
+                listener = self._setup_learn_offline(gradient_steps, callback, name, progress_bar)
+                total_timesteps = self._total_timesteps
+                listener.on_training_start(
+                    {"self": self, "total_timesteps": total_timesteps, "tb_log_name": name, "log_interval": log_interval},
+                    globals(),
+                )
+                while self.num_timesteps < total_timesteps:
+                    self.train(gradient_steps=1, batch_size=self.batch_size // n_ranks)
+                    self._n_offline_steps += 1
+                    self.num_timesteps = self._n_offline_steps
+                    self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                    listener.update_locals({"self": self, "infos": [], "dones": np.zeros(0, dtype=bool)})
+                    goes_on = listener.on_step()
+                    if self._ranks is not None:
+                        goes_on = self._ranks.decision_of_first(goes_on)
+                    if not goes_on:
+                        break
+                    if log_interval and self.num_timesteps % log_interval == 0:
+                        self._dump_offline_logs()
+                listener.on_training_end()
+                if self._metrics:
                     self._dump_offline_logs()
-            listener.on_training_end()
-            if self._metrics:
-                self._dump_offline_logs()
-        finally:
-            self._restore_online_clock()
-            if self._ranks is not None:
-                self._ranks.close()
-                self._ranks = None
+            finally:
+                self._restore_online_clock()
+                if self._ranks is not None:
+                    self._ranks.close()
+                    self._ranks = None
         return self
 
     def _check_ranks(self, n_ranks: int) -> None:
@@ -540,7 +577,7 @@ class OfflineMixin(OffPolicyAlgorithm):
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["offline_buffer", "_device_data", "_offline_source", "_metrics", "_ranks"]
+        own = ["_random_states", "offline_buffer", "_device_data", "_offline_source", "_metrics", "_ranks"]
         return [*super()._excluded_save_params(), *own]
 
 

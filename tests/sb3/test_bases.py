@@ -392,7 +392,7 @@ class TestOfflinePhase:
             env.seed(2)
             one.set_env(env)
             one.set_offline_data(data)
-            set_random_seed(4)
+            one.set_random_seed(4)
             one.learn(20)
         assert not host.differing(host.state(model), host.state(loaded))
 

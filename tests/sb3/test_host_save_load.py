@@ -16,7 +16,7 @@ import pytest
 import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import CheckpointCallback
-from stable_baselines3.common.utils import LinearSchedule, set_random_seed
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
 from cql_plugins.sb3 import CQL, CalQL
@@ -58,7 +58,7 @@ def test_a_loaded_model_is_the_saved_one(
 
     # It goes on as the model that was never saved.
     for learner in (model, again):
-        set_random_seed(1)
+        learner.set_random_seed(1)
         learner.learn_offline(dataset, 4)
     assert not host.differing(host.state(model), host.state(again))
     again.learn(20)

@@ -120,11 +120,11 @@ def test_offline_weight_zero_is_sac_on_the_same_buffer(algorithm: Any, host: Any
         if model_class is SAC:
             model.replay_buffer = dataset.to_sb3(model)
             model.set_logger(Logger(folder=None, output_formats=[]))
-            set_random_seed(5)
+            model.set_random_seed(5)
             model.train(gradient_steps=5, batch_size=model.batch_size)
         else:
             model.set_offline_data(dataset)
-            set_random_seed(5)
+            model.set_random_seed(5)
             model.learn_offline(dataset, 5)
         states[label] = host.state(model)
     assert not host.differing(states["sac"], states["zero"])
