@@ -1034,14 +1034,18 @@ def child_memory(contestant: Contestant) -> dict[str, Any]:
 
 
 def child_growth(contestant: Contestant, updates: int, device: str) -> dict[str, Any]:
-    """Memory after each tenth of the updates, in MiB."""
+    """Memory after each tenth of the updates, in MiB, and the process's own time for an update in it."""
     points = []
+    began = time.process_time()
     for i in range(1, updates + 1):
         contestant.step()
         if i % max(updates // 10, 1) == 0:
+            spent = (time.process_time() - began) * 1e3 / max(updates // 10, 1)
             _trim()
             allocated = th.cuda.memory_allocated() / MIB if device == "cuda" else None
-            points.append({"updates": i, "resident_mib": round(_resident("VmRSS"), 2), "cuda_mib": allocated})
+            memory = {"resident_mib": round(_resident("VmRSS"), 2), "cuda_mib": allocated}
+            points.append({"updates": i, "cpu_ms": round(spent, 3), **memory})
+            began = time.process_time()
     return {"growth": points}
 
 
@@ -1177,10 +1181,19 @@ def report(name: str, shape: Shape, result: dict[str, Any]) -> str:
                     f"{first['updates']:,} to {last['updates']:,}",
                     f"{first['resident_mib']:.1f}",
                     f"{last['resident_mib']:.1f}",
+                    " ".join(f"{point['cpu_ms']:.2f}" for point in row["growth"]),
                     "-" if last["cuda_mib"] is None else f"{last['cuda_mib'] - first['cuda_mib']:+.2f}",
                 ]
             )
-        lines += [table(["memory over updates", "updates", "resident before, MiB", "after", "on CUDA, change"], body), ""]
+        columns = [
+            "memory over updates",
+            "updates",
+            "resident before, MiB",
+            "after",
+            "the process's own ms an update, by tenths",
+            "on CUDA, change",
+        ]
+        lines += [table(columns, body), ""]
     if result["left_out"]:
         lines += [f"Left out: {'; '.join(f'{n} ({why})' for n, why in result['left_out'].items())}.", ""]
     return "\n".join(lines)
