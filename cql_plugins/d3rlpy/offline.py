@@ -294,7 +294,7 @@ class CalibratedMixin(OfflineToOnlineMixin):
         self._impl.modules.set_eval()  # One episode may be a batch of one, and statistics must not move.
         for start in range(0, len(leaves[0]), _VALUE_BATCH):
             block: Any = [
-                th.as_tensor(leaf[start : start + _VALUE_BATCH], dtype=th.float32, device=self._device) for leaf in leaves
+                th.tensor(leaf[start : start + _VALUE_BATCH], dtype=th.float32, device=self._device) for leaf in leaves
             ]
             block = block[0] if isinstance(observations, np.ndarray) else block
             if self._config.observation_scaler:

@@ -81,6 +81,21 @@ def offline(n: int = 50) -> Any:
     )
 
 
+def truncated(n: int) -> Any:
+    """Logged data of one episode that was truncated."""
+    return to_d3rlpy(
+        OfflineDataset(
+            np.arange(n + 1, dtype=np.float32)[:, None],
+            np.full((n, 1), 0.5, np.float32),
+            np.ones(n, np.float32),
+            np.zeros(n, bool),
+            np.arange(n) == n - 1,
+            observation_space=Scripted.observation_space,
+            action_space=spaces.Box(-1, 1, (1,), np.float32),
+        )
+    )
+
+
 def small(config: Any, **options: Any) -> Any:
     encoders = (
         {"encoder_factory": SMALL}
@@ -328,3 +343,10 @@ def test_signatures_are_the_hosts(noise: Callable[[int], Any]) -> None:
         ours = inspect.signature(getattr(CQLConfig().create(), name))
         theirs = inspect.signature(getattr(d3rlpy.algos.CQLConfig().create(), name))
         assert list(ours.parameters) == list(theirs.parameters)
+
+
+def test_bootstrapped_returns_of_read_only_episodes() -> None:
+    """A dataset's arrays cannot be written to, which torch warns of where it is given them as they are."""
+    plain: Any = d3rlpy.dataset.ReplayBuffer(d3rlpy.dataset.InfiniteBuffer(), episodes=truncated(20).episodes)
+    assert not plain.episodes[0].observations.flags.writeable
+    small(CalQLConfig, return_tail="bootstrap").fit(plain, n_steps=1, n_steps_per_epoch=1, **QUIET)
