@@ -188,7 +188,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "d3rlpy-end-forgotten": (D3RLPY + "online.py", "                mark_end(episode, end)", "                pass"),
     "d3rlpy-joined-episodes": (
         D3RLPY + "online.py",
-        "if self._pending is None and self._n_written == 0:\n            self._pending",
+        "if not self.has_running_episode:\n            self._pending",
         "if False:\n            self._pending",
     ),
     "bridge-forgets-the-targets": (

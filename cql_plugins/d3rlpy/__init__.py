@@ -10,6 +10,7 @@ except ImportError as error:
 
 from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer  # noqa: E402
 from cql_plugins.d3rlpy.cal_ql import CalQL, CalQLConfig, DiscreteCalQL, DiscreteCalQLConfig  # noqa: E402
+from cql_plugins.d3rlpy.checkpoints import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint  # noqa: E402
 from cql_plugins.d3rlpy.cql import CQL, CQLConfig, DiscreteCQL, DiscreteCQLConfig  # noqa: E402
 from cql_plugins.d3rlpy.online import OfflineOnlineReplayBuffer, ReturnsToGoReplayBuffer, with_returns_to_go  # noqa: E402
 
@@ -18,6 +19,8 @@ __all__ = [
     "CQLConfig",
     "CalQL",
     "CalQLConfig",
+    "CheckpointError",
+    "Checkpoints",
     "DiscreteCQL",
     "DiscreteCQLConfig",
     "DiscreteCalQL",
@@ -25,5 +28,7 @@ __all__ = [
     "OfflineOnlineReplayBuffer",
     "OfflineReplayBuffer",
     "ReturnsToGoReplayBuffer",
+    "load_checkpoint",
+    "save_checkpoint",
     "with_returns_to_go",
 ]

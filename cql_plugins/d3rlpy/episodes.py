@@ -143,7 +143,7 @@ def mark_end(episode: EpisodeBase, end: EpisodeEnd) -> None:
         episode: The episode; written to.
         end: Its end.
     """
-    episode._cql_plugins_end = end  # type: ignore[attr-defined]
+    object.__setattr__(episode, "_cql_plugins_end", end)  # d3rlpy's plain episodes are frozen
 
 
 def end_of(episode: EpisodeBase) -> EpisodeEnd:

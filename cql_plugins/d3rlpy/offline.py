@@ -34,6 +34,7 @@ from cql_plugins.d3rlpy.batches import ReturnsSettings, ReturnsToGoMiniBatch, Ta
 from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer
 from cql_plugins.d3rlpy.export import example_inputs, export_onnx
 from cql_plugins.d3rlpy.online import OfflineOnlineReplayBuffer, ReturnsToGoReplayBuffer, with_returns_to_go
+from cql_plugins.d3rlpy.runs import ResumePoint, Run, following, states_before_reset
 
 if TYPE_CHECKING:
     _AlgoBase = QLearningAlgoBase[Any, Any]
@@ -57,12 +58,21 @@ def register_once(config: type[LearnableConfig]) -> None:
 
 
 class EnvironmentRecorder(gym.Wrapper[Any, Any, Any, Any]):
-    """Remembers what the last step returned, which d3rlpy's loop does not hand on at the end of an episode."""
+    """Remembers what d3rlpy's loop does not hand on: what the last step returned, and how the episode began."""
 
     def __init__(self, env: Any) -> None:
         super().__init__(env)
         self.last_observation: Any = None
         self.last_truncated = False
+        self.before_reset: dict[str, Any] | None = None
+        self.first_observation: Any = None
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """Reset, and remember what the reset may draw from: a resumed run does it once more."""
+        self.before_reset = states_before_reset(self.env)
+        observation, info = self.env.reset(**options)
+        self.first_observation = observation
+        return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, and remember."""
@@ -74,8 +84,11 @@ class EnvironmentRecorder(gym.Wrapper[Any, Any, Any, Any]):
 class OfflineToOnlineMixin(_AlgoBase):
     """Adds to a d3rlpy algorithm what its logged data is needed for after ``fit``."""
 
+    resume_point: ResumePoint | None = None
+    """Where a loaded checkpoint goes on; ``None`` for nowhere, and once it has."""
     _offline_data: ReplayBufferBase | None = None
     _needs_returns = False
+    _run: Run | None = None
 
     @property
     def offline_data(self) -> ReplayBufferBase | None:
@@ -100,7 +113,11 @@ class OfflineToOnlineMixin(_AlgoBase):
         assert self._offline_data is not None
         if isinstance(self._offline_data, OfflineReplayBuffer) and self._offline_data.action_bounds is not None:
             self._check_action_range(*self._offline_data.action_bounds, "dataset")
-        yield from super().fitter(self._offline_data, *args, **kwargs)
+        call = _bound(super().fitter, self._offline_data, *args, **kwargs)
+        with following(self, Run("offline", self._offline_data), call) as loop:
+            for epoch, metrics in super().fitter(*call.args, **call.kwargs):
+                if loop.ends_epoch():
+                    yield epoch, loop.figures(metrics)
 
     def fit_online(self, env: GymEnv, buffer: ReplayBufferBase | None = None, *args: Any, **kwargs: Any) -> None:
         """Train online in d3rlpy's loop, see d3rlpy; batches are mixed from the logged data where there is some.
@@ -116,7 +133,10 @@ class OfflineToOnlineMixin(_AlgoBase):
         if isinstance(env.action_space, gym.spaces.Box):
             self._check_action_range(env.action_space.low, env.action_space.high, "environment")
         with _watched(env, self._online_buffer(env, buffer, mix=True)) as (watched, collecting):
-            super().fit_online(watched, collecting, *args, **kwargs)
+            call = _bound(super().fit_online, watched, collecting, *args, **kwargs)
+            recorder = watched if isinstance(watched, EnvironmentRecorder) else None
+            with following(self, Run("online", self._offline_data, collecting, recorder), call):
+                super().fit_online(*call.args, **call.kwargs)
 
     def collect(self, env: GymEnv, buffer: ReplayBufferBase | None = None, *args: Any, **kwargs: Any) -> ReplayBufferBase:
         """Collect with the policy, see d3rlpy; the last transitions of truncated episodes are kept.
@@ -261,10 +281,7 @@ class CalibratedMixin(OfflineToOnlineMixin):
 
     def _returns_of(self, batch: TransitionMiniBatch) -> Float32NDArray:
         """Look up the returns-to-go of a batch, shape ``(B, 1)``."""
-        config = self._config
-        settings = ReturnsSettings(
-            config.gamma, config.return_tail, config.reward_scaler, self._failure_reward(), self._tail_values
-        )
+        config, settings = self._config, self._returns_settings()
         if isinstance(batch, ReturnsToGoMiniBatch):
             return batch.returns_to_go(settings)
         if config.return_tail != "zero":
@@ -277,6 +294,13 @@ class CalibratedMixin(OfflineToOnlineMixin):
             rewards = settings.scale(np.asarray(transition.rewards_to_go)[:, 0])
             sums.append([np.sum(config.gamma ** np.arange(len(rewards)) * rewards)])
         return np.asarray(sums, dtype=np.float32)
+
+    def _returns_settings(self) -> ReturnsSettings:
+        """How returns are summed now."""
+        config = self._config
+        return ReturnsSettings(
+            config.gamma, config.return_tail, config.reward_scaler, self._failure_reward(), self._tail_values
+        )
 
     def _failure_reward(self) -> float | None:
         """One failure reward for both phases: an online episode must not define its own."""
@@ -318,6 +342,13 @@ def _watched(env: GymEnv, buffer: ReplayBufferBase) -> Iterator[tuple[GymEnv, Re
     finally:
         collecting.clip_episode(False)  # Where training was interrupted, an episode still runs.
         collecting.environment = None
+
+
+def _bound(method: Any, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+    """The arguments of a call by name, defaults included."""
+    call = inspect.signature(method).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call
 
 
 def adopt_signatures(cls: type[OfflineToOnlineMixin], host: type[QLearningAlgoBase[Any, Any]]) -> None:

@@ -150,7 +150,7 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
         """
         self._see_rewards(reward)
         self._last_action = action
-        if self._pending is None and self._n_written == 0:
+        if not self.has_running_episode:
             self._pending = (observation, action, reward)  # Whether its episode has a second step is not known yet.
         else:
             self._write_pending()
@@ -170,7 +170,7 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
         """
         episode: EpisodeBase | None = self._running_episode
         end, known = EpisodeEnd(), self.environment
-        if self._pending is None and self._n_written == 0:
+        if not self.has_running_episode:
             return
         if terminated:
             end = EpisodeEnd(final_observation=None if known is None else self._as_stored(known.last_observation))
@@ -191,6 +191,35 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
         self._pending, self._n_written = None, 0
         self._forget_what_was_dropped()
 
+    def broken_off(self) -> Episode | None:
+        """The running episode as :meth:`clip_episode` would store it if it were broken off now; the buffer stays as it is.
+
+        Returns:
+            The episode, marked as broken off; ``None`` where nothing of it would be stored.
+        """
+        if self._pending is not None:
+            episode: Any = self._episode_of_one_step(*self._pending, None)
+        elif self._n_written > 0 and self._running_episode is not None:
+            episode = self._running_episode.to_episode(False)
+        else:
+            return None
+        known = self.environment
+        padded = known is not None and len(episode.rewards) < getattr(self._writer, "_cache_size", np.inf)
+        observations, actions, rewards = episode.observations, episode.actions, episode.rewards
+        if padded and known is not None:
+            last = self._as_stored(known.last_observation)
+            observations = (
+                np.concatenate([observations, last[None]])
+                if isinstance(observations, np.ndarray)
+                else [np.concatenate([leaf, end[None]]) for leaf, end in zip(observations, last, strict=True)]
+            )
+            actions, rewards = np.concatenate([actions, actions[-1:]]), np.concatenate([rewards, np.zeros_like(rewards[-1:])])
+        elif len(rewards) < 2:
+            return None
+        broken = Episode(observations, actions, rewards, terminated=False)
+        mark_end(broken, EpisodeEnd(cut=True, padded=padded))
+        return broken
+
     @property
     def _writer(self) -> Any:
         """d3rlpy's writer, which alone knows the running episode; ``None`` in a buffer that is not d3rlpy's."""
@@ -199,6 +228,11 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
     @property
     def _running_episode(self) -> Any:
         return getattr(self._writer, "_active_episode", None)
+
+    @property
+    def has_running_episode(self) -> bool:
+        """Whether an episode has begun and not ended."""
+        return self._pending is not None or self._n_written > 0
 
     def _as_stored(self, observation: Observation) -> Any:
         """An observation as d3rlpy's writer would store it."""
@@ -285,6 +319,16 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
                 record = self._records.setdefault(id(episode), _EpisodeRecord(episode, self._picker))
                 returns[i] = record.returns_to_go(settings)[index]
         return returns
+
+    def set_returns(self, episode: EpisodeBase, settings: ReturnsSettings, returns: NDArray) -> None:
+        """Say what the returns-to-go of an episode are, where a checkpoint knows them.
+
+        Args:
+            episode: One of the buffer's.
+            settings: How they were summed.
+            returns: One for each transition.
+        """
+        self._records[id(episode)] = _EpisodeRecord(episode, self._picker, settings, returns)
 
     def sample_trajectory(self, length: int) -> PartialTrajectory:
         """Sample a partial trajectory, as d3rlpy does."""
