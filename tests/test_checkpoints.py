@@ -76,7 +76,9 @@ def test_arrays_and_generators_survive_json() -> None:
     assert found["python"].random() == value["python"].random()
 
 
-@pytest.mark.parametrize("value", [object(), np.array([object()]), len, {"a": [object()]}], ids=repr)
+@pytest.mark.parametrize(
+    "value", [object(), np.array([object()]), len, {"a": [object()]}], ids=["object", "array", "function", "nested"]
+)
 def test_what_is_not_plain_is_refused_by_name(value: Any) -> None:
     with pytest.raises(TypeError, match=r"^here"):
         encode(value, {}, "here")
