@@ -238,6 +238,13 @@ def _infer_discrete(array: Any, field: str, where: Where) -> spaces.Discrete:
             row=int(values.argmin()),
             hint="Pass the space",
         )
+    if int(values.max()) >= np.iinfo(np.int64).max:
+        raise where.error(
+            f"expected integers below 2 ** 63 - 1, got {values.max()}",
+            field=field,
+            row=int(values.argmax()),
+            hint="Pass the space",
+        )
     return spaces.Discrete(int(values.max()) + 1)
 
 

@@ -14,6 +14,7 @@ from cql_plugins.adapters._tree import Array, extremes, named_leaves, row_blocks
 if TYPE_CHECKING:
     from cql_plugins.adapters.dataset import OfflineDataset
 
+_MOST_ACTIONS = 10_000
 _SHOWN_COLUMNS = 8
 
 
@@ -60,7 +61,7 @@ class DatasetSummary:
         scores: D4RL-normalised score per episode; None where no reference returns are known.
         reward_range: Smallest and largest reward.
         share_actions_at_bounds: Share of action values at or beyond a bound of the space; None for discrete actions.
-        action_counts: How often each action occurs; None for continuous actions.
+        action_counts: How often each action occurs; None for continuous actions, and for more than 10,000.
         constant_columns: Columns of observations and actions that never change, as `field[index]`.
         non_finite_columns: Columns with NaN or infinity; empty for validated data.
         nbytes: Memory of all arrays, in bytes.
@@ -192,7 +193,9 @@ def _share_at_bounds(actions: Array, space: Any) -> float:
     return count / actions.size
 
 
-def _action_counts(actions: Array, space: spaces.Discrete) -> tuple[int, ...]:
+def _action_counts(actions: Array, space: spaces.Discrete) -> tuple[int, ...] | None:
+    if space.n > _MOST_ACTIONS:
+        return None
     return tuple(int(count) for count in np.bincount(actions - int(space.start), minlength=int(space.n)))
 
 
