@@ -1,9 +1,9 @@
 """Readers for arrays that are in memory, or in an `.npz` file."""
 
+import contextlib
 import shutil
 import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,33 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from cql_plugins.adapters._steps import Steps, announce, dataset_from_steps, read_steps
-from cql_plugins.adapters._storage import Allocate, Origin, Storage, check_storage, fingerprint, in_memory, stored
+from cql_plugins.adapters._storage import (
+    Allocate,
+    ColumnFiles,
+    Origin,
+    Storage,
+    check_storage,
+    fingerprint,
+    in_memory,
+    stored,
+)
 from cql_plugins.adapters._tree import Array, map_leaves
+from cql_plugins.adapters._untrusted import (
+    MAX_DEPTH,
+    check_declared,
+    check_disk,
+    check_memory,
+    check_packed,
+    check_regular_file,
+    parsing,
+    read_npy_header,
+)
 from cql_plugins.adapters._validation import DatasetError
 from cql_plugins.adapters.dataset import OfflineDataset
 
 _SMALL = 2**16
+_NESTED = ("observations", "next_observations")
+_FIELDS = (*_NESTED, "actions", "rewards", "terminations", "terminals", "truncations", "timeouts")
 
 
 def from_arrays(
@@ -100,7 +121,8 @@ def from_npz(
     """Read the arrays of `from_arrays` from an `.npz` file. Nothing in it is ever unpickled.
 
     Fields are `observations`, `actions`, `rewards`, `terminations` (or `terminals`), `truncations` (or `timeouts`) and
-    optionally `next_observations`. Dict observations are stored under `observations/key`.
+    optionally `next_observations`. Dict observations are stored under `observations/key`. Members of other names are left
+    alone, and what the fields declare must fit in memory (see docs/security.md).
 
     Args:
         path: The file.
@@ -114,14 +136,14 @@ def from_npz(
         cache_dir: Folder for these files, see `from_minari`.
 
     Raises:
-        DatasetError: If the file is absent or is not an `.npz` file, a field is missing or holds Python objects, and as
-            `from_arrays`.
+        DatasetError: If the file is absent or is not an `.npz` file, a field is missing or holds Python objects, the data
+            cannot fit, and as `from_arrays`.
     """
     source = str(path)
 
-    def read(fields: dict[str, Any], allocate: Allocate) -> tuple[OfflineDataset, list[str]]:
+    def read(fields: dict[str, Any], present: list[str], allocate: Allocate) -> tuple[OfflineDataset, list[str]]:
         return read_steps(
-            _steps_of(fields, source),
+            _steps_of(fields, present, source),
             observation_space=observation_space,
             action_space=action_space,
             prefer_termination=prefer_termination,
@@ -129,24 +151,23 @@ def from_npz(
         )
 
     if check_storage(storage, cache_dir):
-        if not Path(source).is_file():
-            raise DatasetError("expected an .npz file, there is no such file", source=source)
+        check_regular_file(source, "an .npz file", source)
         options = {
             "reader": "npz",
             "spaces": [fingerprint(observation_space), fingerprint(action_space)],
             "prefer_termination": prefer_termination,
         }
         origin = Origin(name=source, files=[Path(source)], options=options)
-        dataset, notes = stored(origin, cache_dir, lambda columns: read(_read_npz(source, columns.new_path), columns.allocate))
+        dataset, notes = stored(origin, cache_dir, lambda columns: read(*_read_npz(source, columns), columns.allocate))
     else:
-        dataset, notes = read(_read_npz(source), in_memory)
+        dataset, notes = read(*_read_npz(source), in_memory)
     announce(source, notes, stacklevel=3)
     return dataset._replaced(name=name or stem(source), env_id=env_id, references=references)
 
 
-def _steps_of(fields: Mapping[str, Any], source: str) -> Steps:
+def _steps_of(fields: Mapping[str, Any], present: list[str], source: str) -> Steps:
     required = {
-        "observations": _collect(fields, "observations"),
+        "observations": _collect(fields, "observations", source),
         "actions": fields.get("actions"),
         "rewards": fields.get("rewards"),
         "terminations": fields.get("terminations", fields.get("terminals")),
@@ -154,8 +175,8 @@ def _steps_of(fields: Mapping[str, Any], source: str) -> Steps:
     }
     missing = [key for key, value in required.items() if value is None]
     if missing:
-        raise DatasetError(f"expected this field, got only {sorted(fields)}", source=source, field=missing[0])
-    return Steps(**required, next_observations=_collect(fields, "next_observations"), source=source)
+        raise DatasetError(f"expected this field, got only {sorted(present)}", source=source, field=missing[0])
+    return Steps(**required, next_observations=_collect(fields, "next_observations", source), source=source)
 
 
 def stem(path: str) -> str:
@@ -164,47 +185,90 @@ def stem(path: str) -> str:
     return base.rsplit(".", 1)[0] or base
 
 
-def _read_npz(source: str, new_path: Callable[[], Path] | None = None) -> dict[str, Any]:
-    """Read all arrays, or unpack them to files named by `new_path` and map those."""
-    key = None
+def _read_npz(source: str, columns: ColumnFiles | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Read the known arrays, or unpack them to files of `columns` and map those; also name all that the file has."""
+    check_regular_file(source, "an .npz file", source)
     fields: dict[str, Any] = {}
-    try:
-        # Opened here, since NumPy leaves a file open that turns out to be no archive.
-        with open(source, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DatasetError("expected an .npz file, got a single .npy array", source=source)
-            for key in archive.files:
-                fields[key] = archive[key] if new_path is None else _unpack(archive, key, new_path())
-    except DatasetError:
-        raise
-    except FileNotFoundError as error:
-        raise DatasetError("expected an .npz file, there is no such file", source=source) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        expected = "an .npz file" if key is None else "a plain array"
+    with open(source, "rb") as file, contextlib.ExitStack() as stack:
+        if file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
+            raise DatasetError("expected an .npz file, got a single .npy array", source=source)
+        with parsing("expected an .npz file, got something else or a part of one", source):
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            members = archive.infolist()
+        arrays = _choose_members(members, source)
+        declared = {key: _check_member(archive, member, source, key) for key, member in arrays.items()}
+        if columns is None:
+            # What is laid out is there twice for a moment: as it was read, and in the order of episodes.
+            twice = sum(size for key, size in declared.items() if key.startswith(("observations", "actions")))
+            check_memory(sum(declared.values()) + twice, source)
+        else:
+            check_disk(sum(declared.values()), columns.folder, source)
+        for key, member in arrays.items():
+            with parsing("expected a plain array, got something else or a part of one", source, key):
+                if columns is None:
+                    with archive.open(member) as stream:
+                        fields[key] = np.lib.format.read_array(stream, allow_pickle=False)
+                else:
+                    fields[key] = _unpack(archive, member, columns.new_path())
+    return fields, [_array_name(member) for member in members]
+
+
+def _array_name(member: zipfile.ZipInfo) -> str:
+    return member.filename.removesuffix(".npy")
+
+
+def _choose_members(members: list[zipfile.ZipInfo], source: str) -> dict[str, zipfile.ZipInfo]:
+    """Pick the members that are fields; others are never unpacked."""
+    chosen: dict[str, zipfile.ZipInfo] = {}
+    for member in members:
+        key = _array_name(member)
+        name, *path = key.split("/")
+        if name not in _FIELDS or (path and name not in _NESTED):
+            continue
+        if any(part in ("", ".", "..") for part in path) or len(path) > MAX_DEPTH:
+            raise DatasetError(
+                f"expected names as in observations/key, at most {MAX_DEPTH} deep, got {key[:100]!r}", source=source, field=name
+            )
+        if key in chosen:
+            raise DatasetError("expected one array of this name, the file has several", source=source, field=key)
+        chosen[key] = member
+    return chosen
+
+
+def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, source: str, key: str) -> int:
+    """Return the bytes that a member's array takes, after a look at how it is packed and at its header."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DatasetError(
-            f"expected {expected}, got something else or a part of one: {error}",
+            "expected a member that is stored or deflated, as NumPy writes it, got another packing", source=source, field=key
+        )
+    with parsing("expected a plain array, got something else or a part of one", source, key), archive.open(member) as stream:
+        shape, _, dtype = read_npy_header(stream, source, key)
+        held = member.file_size - stream.tell()
+    declared = check_declared(shape, dtype, source, key)
+    if declared != held:
+        raise DatasetError(
+            f"expected a plain array, got something else or a part of one: shape {shape} and {dtype} take {declared:,} bytes, "
+            f"{held:,} are there",
             source=source,
             field=key,
-            hint="Python objects are not read, since unpickling runs code from the file",
-        ) from error
-    return fields
+        )
+    check_packed(declared, member.compress_size, source, key)
+    return declared
 
 
-def _unpack(archive: Any, key: str, path: Path) -> Array:
+def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Array:
     """Copy one array out of an archive, a piece at a time, and map it."""
-    members = archive.zip.namelist()
-    with archive.zip.open(key if key in members else f"{key}.npy") as packed, path.open("wb") as unpacked:
+    with archive.open(member) as packed, path.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked)
     with path.open("rb") as file:
-        # What cannot be mapped, being empty or no plain array, is read or refused as in memory.
+        # What cannot be mapped, being empty, is read as in memory.
         array: Array = (
             np.load(file, allow_pickle=False) if path.stat().st_size < _SMALL else np.load(path, "r", allow_pickle=False)
         )
     return array
 
 
-def _collect(fields: Mapping[str, Any], name: str) -> Any:
+def _collect(fields: Mapping[str, Any], name: str, source: str) -> Any:
     """Return the array `name`, or the nested dict of all `name/...`, or None."""
     if name in fields:
         return fields[name]
@@ -216,5 +280,9 @@ def _collect(fields: Mapping[str, Any], name: str) -> Any:
         branch = tree
         for parent in parents:
             branch = branch.setdefault(parent, {})
+            if not isinstance(branch, dict):
+                break
+        if not isinstance(branch, dict) or last in branch:
+            raise DatasetError("expected an array or arrays below this name, got both", source=source, field=key)
         branch[last] = value
     return tree or None

@@ -188,7 +188,7 @@ class TestReuse:
     def test_only_its_time_changed(self, path: Path, quietly: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self._read(path, quietly)
         os.utime(path, ns=(1, 1))
-        monkeypatch.setattr("cql_plugins.adapters.arrays._read_npz", lambda *_: {})
+        monkeypatch.setattr("cql_plugins.adapters.arrays._read_npz", lambda *_: ({}, []))
         with pytest.raises(DatasetError, match="expected this field"):
             self._read(path, quietly)
 
