@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from cql_plugins.adapters._hdf5 import PlainObjects, declared_bytes
 from cql_plugins.adapters._steps import FieldNames, Steps, announce, read_steps
 from cql_plugins.adapters._storage import (
     Allocate,
@@ -21,6 +22,7 @@ from cql_plugins.adapters._storage import (
     stored,
 )
 from cql_plugins.adapters._tree import extremes, map_leaves
+from cql_plugins.adapters._untrusted import check_memory, check_regular_file, parsing
 from cql_plugins.adapters._validation import DatasetError, require_extra
 from cql_plugins.adapters.arrays import stem
 from cql_plugins.adapters.dataset import OfflineDataset
@@ -31,6 +33,8 @@ _OPTIONAL = ("timeouts", "next_observations")
 _LARGE = ("observations", "actions", "next_observations")
 _CHUNK_CACHE = 32 * 2**20
 """Bytes of chunks that h5py keeps unpacked, so that reading by small blocks does not unpack each chunk many times."""
+_WHOLE = "expected a complete HDF5 file, got one that cannot be read"
+_FETCH_AGAIN = "It may be cut off or of another format; fetch it again"
 # The first D4RL files of these tasks have no `timeouts`.
 _TIME_LIMITS = {"halfcheetah": 1000, "hopper": 1000, "walker2d": 1000, "ant": 1000}
 
@@ -51,6 +55,9 @@ def from_d4rl(
     """Read data in D4RL's raw layout.
 
     Fields are `observations`, `actions`, `rewards`, `terminals`, and optionally `timeouts` and `next_observations`.
+
+    An HDF5 file is taken as untrusted: links, virtual data sets and external storage are not followed, and what it declares
+    must fit in memory (see docs/security.md).
 
     D4RL files say nothing about spaces. Observations are taken as unbounded, actions as lying in [-1, 1] (true of
     D4RL's tasks), with a warning where they do not. What happens to the last transition of an episode is described at
@@ -73,7 +80,8 @@ def from_d4rl(
         The data set.
 
     Raises:
-        DatasetError: If the file is absent, cut off or not HDF5, a field is missing, and as `from_arrays`.
+        DatasetError: If the file is absent, cut off or not HDF5, a field is missing or no plain data in this file, the data
+            cannot fit, and as `from_arrays`.
         ImportError: If h5py is needed and not installed.
     """
     mapped = check_storage(storage, cache_dir)
@@ -104,7 +112,7 @@ def from_d4rl(
         given = {key: path_or_mapping[key] for key in (*_REQUIRED, *_OPTIONAL) if key in path_or_mapping}
         dataset, notes = read(map_leaves(np.asarray, given), list(path_or_mapping), in_memory)
     elif mapped:
-        _check_is_file(source)
+        check_regular_file(source, "an HDF5 file", source)
         options = {
             "reader": "d4rl",
             "spaces": [fingerprint(observation_space), fingerprint(action_space)],
@@ -143,15 +151,10 @@ def _steps_of(fields: Mapping[str, Any], present: list[str], source: str) -> Ste
 
 def _leaves_unit_box(actions: Any) -> bool:
     """Tell whether continuous actions break D4RL's convention that they lie in [-1, 1]."""
-    if isinstance(actions, Mapping) or actions.dtype.kind != "f" or not actions.size:
+    if isinstance(actions, Mapping) or actions.dtype.kind != "f" or not actions.shape or not actions.size:
         return True
     low, high = extremes(actions)
     return bool(max(high.max(), -low.min()) > 1.0)
-
-
-def _check_is_file(source: str) -> None:
-    if not Path(source).is_file():
-        raise DatasetError("expected an HDF5 file, there is no such file", source=source)
 
 
 @contextlib.contextmanager
@@ -160,29 +163,30 @@ def _open_hdf5(source: str, *, streaming: bool) -> Iterator[tuple[dict[str, Any]
 
     With `streaming` the observations and actions are read when they are asked for, inside the context.
     """
-    _check_is_file(source)
+    n_bytes = check_regular_file(source, "an HDF5 file", source)
     try:
         import h5py
     except ImportError as error:
         raise require_extra("h5py", "d4rl", error) from error
 
-    key = None
-    try:
-        with h5py.File(source, "r", rdcc_nbytes=_CHUNK_CACHE) as file:  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
-            present = list(file)
-            fields: dict[str, Any] = {}
-            for key in (*_REQUIRED, *_OPTIONAL):
-                if key in file:
-                    fields[key] = map_leaves(_same if streaming and key in _LARGE else _load, file[key])
-            key = None
+    with contextlib.ExitStack() as stack:
+        with parsing(_WHOLE, source, hint=_FETCH_AGAIN):
+            file = stack.enter_context(h5py.File(source, "r", rdcc_nbytes=_CHUNK_CACHE))
+            objects = PlainObjects(file, n_bytes, source)
+        present = objects.names(file)
+        found = {key: objects.open(file, key, key) for key in (*_REQUIRED, *_OPTIONAL) if objects.has(file, key)}
+        loaded = {key: tree for key, tree in found.items() if not (streaming and key in _LARGE)}
+        # What is laid out is there twice for a moment: as it was read, and in the order of episodes.
+        twice = {key: tree for key, tree in loaded.items() if key in ("observations", "actions")}
+        check_memory(declared_bytes(loaded) + declared_bytes(twice), source, mapped=streaming)
+        fields: dict[str, Any] = {}
+        for key, tree in found.items():
+            with parsing(_WHOLE, source, key, _FETCH_AGAIN):
+                fields[key] = map_leaves(_same if streaming and key in _LARGE else _load, tree)
+        try:
             yield fields, present
-    except (OSError, RuntimeError, KeyError) as error:
-        raise DatasetError(
-            f"expected a complete HDF5 file, got one that cannot be read: {error}",
-            source=source,
-            field=key,
-            hint="It may be cut off or of another format; fetch it again",
-        ) from error
+        except (OSError, RuntimeError, MemoryError) as error:  # Read while the caller goes through the rows.
+            raise DatasetError(f"{_WHOLE}: {error}", source=source, hint=_FETCH_AGAIN) from error
 
 
 def _load(data: Any) -> Any:
