@@ -35,6 +35,7 @@ class DatasetError(ValueError):
         hint: str | None = None,
     ) -> None:
         self.source, self.field, self.row, self.episode = source, field, row, episode
+        self._problem, self._hint = problem, hint
         where = [source] if source else []
         where += [f"field '{field}'"] if field else []
         where += [f"episode {episode}"] if episode is not None else []
@@ -42,6 +43,10 @@ class DatasetError(ValueError):
         prefix = ", ".join(where)
         message = f"{prefix}: {problem}" if prefix else problem
         super().__init__(f"{message}. {hint}" if hint else message)
+
+    def in_episode(self, episode: int) -> "DatasetError":
+        """Return the same error, said of one episode."""
+        return DatasetError(self._problem, source=self.source, field=self.field, row=self.row, episode=episode, hint=self._hint)
 
 
 class Where:

@@ -11,9 +11,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from cql_plugins.adapters._minari_files import MinariFiles, check_id, reading_episode
 from cql_plugins.adapters._steps import announce
 from cql_plugins.adapters._storage import Allocate, Origin, Storage, check_storage, fingerprint, in_memory, stored
-from cql_plugins.adapters._tree import Array, is_mapped, map_leaves, named_leaves
+from cql_plugins.adapters._tree import Array, is_mapped, map_leaves, named_leaves, row_nbytes
+from cql_plugins.adapters._untrusted import check_memory, parsing
 from cql_plugins.adapters._validation import (
     DatasetError,
     Flags,
@@ -31,9 +33,6 @@ from cql_plugins.adapters.dataset import OfflineDataset
 if TYPE_CHECKING:
     from minari import MinariDataset
 
-_UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, AssertionError, StopIteration)
-"""What Minari's storages let through where files are cut off or fields are missing."""
-
 
 def from_minari(
     id_or_dataset: "str | MinariDataset",
@@ -46,6 +45,10 @@ def from_minari(
     cache_dir: "str | PathLike[str] | None" = None,
 ) -> OfflineDataset:
     """Read a Minari data set, whatever its storage (HDF5, Arrow or Parquet).
+
+    Its files are taken as untrusted: they are looked at before Minari opens them, so that nothing in them is run, no other
+    file is opened, and what they declare fits (see docs/security.md). A data set object that is passed in has been loaded by
+    Minari already; then this is true of its data only.
 
     An episode that ends with neither flag counts as truncated; one with as many observations as actions lacks its last
     observation, and is treated as `from_arrays` treats data without next observations; a flag inside an episode splits
@@ -73,16 +76,18 @@ def from_minari(
         ImportError: If Minari or what its storage needs is not installed.
     """
     minari = _import_minari()
-    dataset = id_or_dataset
-    if isinstance(dataset, str):
-        dataset = _load(minari, dataset, download)
+    if isinstance(id_or_dataset, str):
+        dataset, files = _load(minari, id_or_dataset, download)
+    else:
+        dataset = id_or_dataset
+        files = MinariFiles(Path(dataset.storage.data_path), str(dataset.id), loaded=True)
     name = name or dataset.id
     where = Where(str(dataset.id))
     check_supported_space(dataset.observation_space, "observations", where)
     check_supported_space(dataset.action_space, "actions", where)
 
     def read(allocate: Allocate) -> tuple[OfflineDataset, list[str]]:
-        reader = _EpisodeReader(dataset, where, prefer_termination, allocate)
+        reader = _EpisodeReader(dataset, files, where, prefer_termination, allocate)
         reader.read()
         return reader.build(), reader.notes()
 
@@ -102,7 +107,7 @@ def from_minari(
 
 def _origin(dataset: Any, prefer_termination: bool) -> Origin:
     """Tell which files, and which of their episodes, a Minari data set is."""
-    data = Path(dataset.spec.data_path)
+    data = Path(dataset.storage.data_path)  # `dataset.spec` would parse the id that the metadata has
     return Origin(
         name=str(dataset.id),
         files=[path for path in data.rglob("*") if path.is_file()],
@@ -123,19 +128,26 @@ def _import_minari() -> Any:
     return minari
 
 
-def _load(minari: Any, dataset_id: str, download: bool) -> Any:
+def _load(minari: Any, dataset_id: str, download: bool) -> "tuple[Any, MinariFiles]":
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    check_id(dataset_id)
+    folder = Path(get_dataset_path(dataset_id)) / "data"
+    if not folder.exists():
+        if not download:
+            raise DatasetError(
+                "expected a data set on this machine, there is none with this id",
+                source=dataset_id,
+                hint=f"Fetch it with `minari download {dataset_id}`, or pass download=True",
+            )
+        with parsing("Minari cannot fetch it", dataset_id):
+            minari.download_dataset(dataset_id)
+    files = MinariFiles(folder, dataset_id)
     try:
-        return minari.load_dataset(dataset_id, download=download)
-    except FileNotFoundError as error:
-        raise DatasetError(
-            "expected a data set on this machine, there is none with this id",
-            source=dataset_id,
-            hint=f"Fetch it with `minari download {dataset_id}`, or pass download=True",
-        ) from error
+        with parsing("Minari cannot open it", dataset_id):
+            return minari.load_dataset(dataset_id), files
     except ImportError as error:
         raise require_extra("the data set's storage", "minari,arrow", error) from error
-    except _UNREADABLE as error:
-        raise DatasetError(f"Minari cannot open it: {error}", source=dataset_id) from error
 
 
 def _stored_references(dataset: Any) -> tuple[float, float] | None:
@@ -177,14 +189,15 @@ class _GrowingArray:
 class _EpisodeReader:
     """Reads episodes one at a time into flat arrays, so that the data is in memory (or in files) once."""
 
-    def __init__(self, dataset: Any, where: Where, prefer_termination: bool, allocate: Allocate) -> None:
+    def __init__(self, dataset: Any, files: MinariFiles, where: Where, prefer_termination: bool, allocate: Allocate) -> None:
         self.dataset = dataset
+        self.files = files
         self.allocate = allocate
         self.where = where
         self.prefer_termination = prefer_termination
         self.fields: dict[str, Any] = {}
         self.unflagged: list[bool] = []
-        self.n_unflagged = self.n_dropped = self.n_split = self.n_steps = 0
+        self.n_unflagged = self.n_dropped = self.n_split = self.n_steps = self.n_bytes = 0
 
     def read(self) -> None:
         """Append every episode."""
@@ -198,18 +211,12 @@ class _EpisodeReader:
 
     def _episodes(self) -> "Iterator[tuple[int, Any]]":
         """Yield `(number, episode)`; whatever Minari raises while reading becomes an error that names the episode."""
-        n_episodes = int(self.dataset.total_episodes)
-        iterator = iter(self.dataset.iterate_episodes())
-        for index in range(n_episodes):
-            try:
+        source, checks, iterator = self.where.source, self.files.checked(self.dataset), None
+        for index in range(int(self.dataset.total_episodes)):
+            next(checks)
+            with reading_episode(source, index, self.files.folder):
+                iterator = iterator or iter(self.dataset.iterate_episodes())
                 episode = next(iterator)
-            except _UNREADABLE as error:
-                raise DatasetError(
-                    f"Minari cannot read this episode ({type(error).__name__}: {error})",
-                    source=self.where.source,
-                    episode=index,
-                    hint=f"Files under {self.dataset.spec.data_path} may be cut off or lack a field; fetch them again",
-                ) from error
             yield index, episode
 
     def _read_episode(self, episode: Any, where: Where) -> None:
@@ -281,6 +288,9 @@ class _EpisodeReader:
             if field not in self.fields:
                 extra = self.dataset.total_episodes if field == "observations" else 0
                 capacity = int(self.dataset.total_steps + extra)
+                if self.allocate is in_memory:
+                    self.n_bytes += sum(capacity * row_nbytes(leaf) for _, leaf in named_leaves(values, field))
+                    check_memory(self.n_bytes, self.where.source, "total_steps")
                 self.fields[field] = map_leaves(lambda leaf, n=capacity: _GrowingArray(leaf, n, self.allocate), values)
             self._append_field(field, values)
 
