@@ -7,9 +7,11 @@ that it is there whole or not at all; of two processes that write it at once the
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ import numpy as np
 from gymnasium import spaces
 
 from cql_plugins.adapters._tree import Array, named_leaves
-from cql_plugins.adapters._validation import DatasetError
+from cql_plugins.adapters._untrusted import check_disk, read_json_object, read_npy_header
+from cql_plugins.adapters._validation import DatasetError, Where, check_flags, check_supported_space, check_tree
 from cql_plugins.adapters.dataset import OfflineDataset
 
 Storage: TypeAlias = Literal["memory", "memmap"]
@@ -119,6 +122,8 @@ class ColumnFiles:
         if 0 in shape:
             return in_memory(shape, dtype)
         path = self.new_path()
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        check_disk(n_bytes, self.folder, self._source)
         try:
             array: Array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
             if hasattr(os, "posix_fallocate"):
@@ -126,7 +131,6 @@ class ColumnFiles:
                 with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
-            n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
             raise DatasetError(
                 f"expected room for {n_bytes:,} bytes in {self.folder.parent}: {error}",
                 source=self._source,
@@ -193,38 +197,77 @@ def _space_entry(space: spaces.Space[Any], columns: ColumnFiles) -> dict[str, An
 
 def _read(folder: Path, state: list[list[Any]]) -> tuple[OfflineDataset, list[str]] | None:
     """Map an entry; None where there is none, its source has changed, or it is damaged."""
+    if not _is_plain(folder, stat.S_ISDIR):
+        return None
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json_object(_plain_file(folder, _MANIFEST), str(folder))
         if manifest["format"] != _FORMAT or manifest["source"] != state:
             return None
-        dataset = OfflineDataset._trusted(
-            **{field: _read_tree(manifest["arrays"][field], folder) for field in _ARRAYS},
-            observation_space=_read_space(manifest["observation_space"], folder),
-            action_space=_read_space(manifest["action_space"], folder),
-            inferred=frozenset(manifest["inferred"]),
-        )
+        parts = {field: _read_tree(manifest["arrays"][field], folder) for field in _ARRAYS}
+        spaces_ = {kind: _read_space(manifest[kind], folder) for kind in ("observation_space", "action_space")}
+        _check_parts(parts, spaces_, str(folder))
+        inferred = frozenset(manifest["inferred"])
+        if not inferred <= set(spaces_):
+            return None
+        dataset = OfflineDataset._trusted(**parts, **spaces_, inferred=inferred)
         return dataset, [str(note) for note in manifest["notes"]]
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except Exception:  # Whatever is wrong with it: it is written again.
         return None
+
+
+def _is_plain(path: Path, test: Callable[[int], bool]) -> bool:
+    """Tell whether there is something of a kind itself, not a link to it: a link would lead out of the cache."""
+    try:
+        return test(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _plain_file(folder: Path, name: Any) -> Path:
+    if not isinstance(name, str) or Path(name).name != name or not _is_plain(folder / name, stat.S_ISREG):
+        raise ValueError(f"expected a file of this folder, got {name!r}")
+    return folder / name
+
+
+def _check_parts(parts: dict[str, Any], spaces_: dict[str, spaces.Space[Any]], source: str) -> None:
+    """Refuse arrays that do not belong together; their values were looked at when they were written."""
+    where = Where(source)
+    n_steps = len(parts["rewards"])
+    for field, kind in (("rewards", "f"), ("terminations", "b"), ("truncations", "b"), ("unflagged", "b")):
+        if getattr(parts[field], "ndim", 0) != 1 or parts[field].dtype.kind != kind:
+            raise where.error(f"expected a vector of kind {kind}", field=field)
+    terminations, truncations = (check_flags(parts[field], n_steps, field, where) for field in ("terminations", "truncations"))
+    ends = terminations | truncations
+    if not n_steps or not ends[-1] or (terminations & truncations).any() or len(parts["unflagged"]) != ends.sum():
+        raise where.error("expected episodes with one end each", field="terminations")
+    for field, space, n_rows in (
+        ("observations", spaces_["observation_space"], n_steps + int(ends.sum())),
+        ("actions", spaces_["action_space"], n_steps),
+    ):
+        check_supported_space(space, field, where)
+        check_tree(parts[field], space, n_rows, field, where, read=False)
 
 
 def _read_tree(entry: dict[str, Any], folder: Path) -> Any:
     if "keys" in entry:
-        return {key: _read_tree(branch, folder) for key, branch in entry["keys"]}
-    name, shape = entry["file"], tuple(entry["shape"])
-    if Path(name).name != name:
-        raise ValueError(f"expected a file of this folder, got {name}")
-    # An empty file cannot be mapped.
-    mapped = np.load(folder / name, mmap_mode="r" if 0 not in shape else None, allow_pickle=False)
-    array: Array = np.asarray(mapped)[: shape[0]] if shape else np.asarray(mapped)
-    if array.shape != shape or array.dtype.str != entry["dtype"]:
-        raise ValueError(f"expected shape {shape} and dtype {entry['dtype']}, got {array.shape} and {array.dtype.str}")
-    return array
+        return {str(key): _read_tree(branch, folder) for key, branch in entry["keys"]}
+    path, shape = _plain_file(folder, entry["file"]), tuple(entry["shape"])
+    with path.open("rb") as file:
+        held, fortran, dtype = read_npy_header(file, str(path))
+        if len(held) != len(shape) or held[1:] != shape[1:] or held[:1] < shape[:1] or dtype.str != entry["dtype"]:
+            raise ValueError(f"expected shape {shape} and dtype {entry['dtype']}, got {held} and {dtype.str}")
+        if math.prod(held) * dtype.itemsize != path.stat().st_size - file.tell():
+            raise ValueError(f"expected {held} values of {dtype.str}, the file is of another size")
+        if 0 in shape:
+            return np.empty(shape, dtype=dtype)  # An empty file cannot be mapped.
+        order: Any = "F" if fortran else "C"
+        array = np.asarray(np.memmap(path, mode="r", dtype=dtype, shape=held, offset=file.tell(), order=order))
+    return array[: shape[0]] if shape else array
 
 
 def _read_space(entry: dict[str, Any], folder: Path) -> spaces.Space[Any]:
     if "keys" in entry:
-        return spaces.Dict([(key, _read_space(subspace, folder)) for key, subspace in entry["keys"]])
+        return spaces.Dict([(str(key), _read_space(subspace, folder)) for key, subspace in entry["keys"]])
     if "n" in entry:
         return spaces.Discrete(entry["n"], start=entry["start"])
     low, high = (np.array(_read_tree(entry[side], folder)) for side in ("low", "high"))
@@ -293,6 +336,8 @@ def stored(
 def _folder_beside(place: Path) -> Iterator[Path]:
     """Make a folder to write in, gone at the end whatever happens; those of processes that were killed go, too."""
     for left in place.parent.glob(f"{_WRITING}*"):
+        if not (_is_plain(left, stat.S_ISDIR) and _is_plain(left / _LOCK, stat.S_ISREG)):
+            continue
         with contextlib.suppress(OSError), (left / _LOCK).open("rb+") as lock:
             if _acquire(lock):
                 shutil.rmtree(left)
