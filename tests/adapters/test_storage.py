@@ -330,6 +330,77 @@ class TestWholeOrNotAtAll:
         assert [child.communicate()[0] for child in children] == ["[1.0, 2.0, 4.0, 8.0, 16.0]\n"] * 2
         assert len(entries(cache)) == 1
 
+    @pytest.mark.parametrize("killed", [False, True])
+    def test_two_processes_that_write_at_once(self, tmp_path: Path, steps: dict[str, Any], cache: Path, killed: bool) -> None:
+        """Both have written all columns before either puts them in place; the second takes what the first one wrote.
+
+        Where the first is killed at that moment the second puts its own in place, and what the first left goes.
+        """
+        path = as_npz(tmp_path / "data", steps)
+        code = (
+            "import os, sys, warnings; warnings.simplefilter('ignore')\n"
+            "from cql_plugins.adapters import _storage, from_npz\n"
+            "put, keep = _storage._put_in_place, {}\n"
+            "def wait(folder, *rest):\n"
+            "    keep['written'] = os.stat(folder / 'manifest.json').st_ino\n"
+            "    print('written', flush=True); sys.stdin.readline(); put(folder, *rest)\n"
+            "_storage._put_in_place = wait\n"
+            "dataset = from_npz(sys.argv[1], storage='memmap')\n"
+            "owner = dataset.rewards\n"
+            "while not hasattr(owner, 'filename'): owner = owner.base\n"
+            "entry = os.path.dirname(owner.filename)\n"
+            "mapped = os.stat(os.path.join(entry, 'manifest.json')).st_ino\n"
+            "print(dataset.rewards.tolist(), keep['written'], mapped, flush=True)\n"
+        )
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            )
+            for _ in range(2)
+        ]
+        try:
+            for child in children:
+                assert child.stdout is not None
+                assert child.stdout.readline() == "written\n"
+            assert len(list(cache.glob(".writing-*"))) == 2
+            if killed:
+                children[0].send_signal(signal.SIGKILL)
+                children[0].wait()
+            said = [child.communicate("\n")[0].rsplit("] ") for child in children[killed:]]
+        finally:
+            for child in children:
+                child.kill()
+                child.communicate()
+        assert [values for values, _ in said] == ["[1.0, 2.0, 4.0, 8.0, 16.0"] * len(said)
+        written, mapped = zip(*(numbers.split() for _, numbers in said), strict=True)
+        assert set(mapped) == {written[0]}  # the loser reads the winner's
+        assert len(set(written)) == len(said)
+        if killed:
+            (left,) = cache.glob(".writing-*")
+            os.utime(path, ns=(1, 1))
+            code = "import sys; from cql_plugins.adapters import from_npz; from_npz(sys.argv[1], storage='memmap')"
+            subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(path)], check=True)
+            assert not left.exists()
+        assert len(entries(cache)) == 1
+
+    def test_two_processes_read_one_minari_dataset(self, golden: OfflineDataset, cache: Path) -> None:
+        to_minari(golden, "made/up-v0")
+        code = (
+            "import sys; from cql_plugins.adapters import from_minari\n"
+            "import minari; sys.stdin.readline()\n"
+            "for storage in ('memory', 'memmap'): print(from_minari('made/up-v0', storage=storage).rewards.tolist())\n"
+        )
+        children = [
+            subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        for child in children:
+            assert child.stdin is not None
+            child.stdin.write("\n")
+            child.stdin.flush()
+        assert [child.communicate()[0] for child in children] == ["[1.0, 2.0, 4.0, 8.0, 16.0]\n" * 2] * 2
+        assert len(entries(cache)) == 1
+
     def test_disk_full(self, tmp_path: Path, steps: dict[str, Any], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
