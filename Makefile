@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+FUZZ_ARGS ?= --jobs 2
 # One process a core, each with one thread: the networks of the tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 
@@ -14,12 +15,13 @@ DEV_EXTRAS := all,dev
 # `make quickstart` installs less than the tests need, but takes the full environment where there is one.
 RUN_STAMP := $(if $(wildcard $(VENV)/.dev),$(VENV)/.dev,$(VENV)/.quickstart)
 
-.PHONY: help venv test slow coverage lint types arrows wheel check format quickstart bench clean
+.PHONY: help venv test slow fuzz coverage lint types arrows wheel check format quickstart bench clean
 
 help:
 	@echo "make quickstart  make data, train on it offline with SAC, CQL and Cal-QL, fine-tune online, draw the figure"
 	@echo "make test        the default test suite"
 	@echo "make slow        the tests that train for minutes"
+	@echo "make fuzz        10,000 hostile files for each reader, minutes; FUZZ_ARGS=\"npz --cases 500\" for less"
 	@echo "make check       format, lint, types, import arrows, the wheel, then the tests"
 	@echo "make format      rewrite the code as the format check wants it"
 	@echo "make coverage    the default suite with branch coverage"
@@ -56,6 +58,9 @@ test: venv
 
 slow: venv
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+fuzz: venv
+	$(BIN)/python tests/fuzz_readers.py $(FUZZ_ARGS)
 
 coverage: venv
 	$(PYTEST) --cov --cov-report=term-missing $(PYTEST_ARGS)

@@ -29,6 +29,9 @@ OF_SPEED = {"discrete-targets-in-bf16", "takes-a-users-network-apart"}
 ENSEMBLES = "cql_plugins/ensembles.py"
 CAPTURED, DEVICE_DATA, CQL_CLASS = (f"cql_plugins/sb3/{name}.py" for name in ("captured", "device_data", "cql"))
 FRAMES, SHARED, STORAGE = "adapters/frames.py", "cql_plugins/sb3/shared_buffer.py", "adapters/_storage.py"
+UNTRUSTED, HDF5, MINARI_FILES, ARROW, NPZ = (
+    f"adapters/{name}.py" for name in ("_untrusted", "_hdf5", "_minari_files", "_arrow", "arrays")
+)
 SOFT_MAXIMUM = "    return temperature * th.logsumexp(logits, dim=2)"
 
 MUTANTS: dict[str, tuple[str, str, str]] = {
@@ -209,6 +212,40 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "episodes-without-their-last": (SHARED, "self._leaf[rows + episodes + self._shift]", "self._leaf[rows + self._shift]"),
     "outdated-files": (STORAGE, ' or manifest["source"] != state', ""),
     "half-an-entry": (STORAGE, "        shutil.rmtree(folder, ignore_errors=True)\n    raise", "        pass\n    raise"),
+    # Hostile files.
+    "opens-pipes": (UNTRUSTED, "    if not stat.S_ISREG(status.st_mode):\n        raise", "    if False:\n        raise"),
+    "follows-links-out": (UNTRUSTED, "if not real.is_relative_to(home):", "if False:"),
+    "objects-in-arrays": (UNTRUSTED, 'if dtype.kind not in "biuf" or dtype.subdtype is not None:', "if False:"),
+    "rows-of-nothing": (UNTRUSTED, " or 0 in shape[1:]:", ":"),
+    "any-memory": (UNTRUSTED, "if limit is not None and n_bytes > limit:", "if False:"),
+    "any-disk": (UNTRUSTED, "    if n_bytes > free:", "    if False:"),
+    "any-packing": (UNTRUSTED, "if declared > max(SMALL, PACKED_AT_MOST * stored):", "if False:"),
+    "any-packing-of-members": (NPZ, "if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):", "if False:"),
+    "longer-members": (NPZ, "    if declared != held:", "    if declared > held:"),
+    "duplicate-members": (NPZ, "        if key in chosen:", "        if False:"),
+    "hdf5-links": (HDF5, "if kind != self._h5py.h5l.TYPE_HARD:", "if False:"),
+    "hdf5-virtual": (HDF5, "if layout == h5d.VIRTUAL:", "if False:"),
+    "hdf5-external-storage": (HDF5, "if properties.get_external_count():", "if False:"),
+    "hdf5-circles": (HDF5, "if address in self._known:", "if False:"),
+    "hdf5-any-filter": (HDF5, "if unknown or len(set(filters)) != len(filters):", "if False:"),
+    "hdf5-unwritten-rows": (HDF5, "if counted.n_chunks != expected:", "if False:"),
+    "hdf5-stuffed-chunks": (HDF5, "if counted.largest > chunk_bytes + chunk_bytes // 64 + 1024:", "if False:"),
+    "hdf5-gzip-bombs": (HDF5, "if not unpacking.eof:", "if False:"),
+    "hdf5-heaps-without-end": (HDF5, "or (index == 0 and length < 16) or index in objects", ""),
+    "runs-the-environment": (
+        MINARI_FILES,
+        "            if not isinstance(text, str):",
+        "            if text is None:\n                continue\n            if not isinstance(text, str):",
+    ),
+    "any-id": (MINARI_FILES, "if not _IDS.fullmatch(dataset_id):", "if False:"),
+    "any-number-of-steps": (MINARI_FILES, " or not 0 <= count <= PACKED_AT_MOST * self.n_bytes:", ":"),
+    "any-image-decoder": (MINARI_FILES, "if bytes(content[:3]) != ", "if False and bytes(content[:3]) != "),
+    "any-image-size": (MINARI_FILES, "        if size != shape[:2]:", "        if False:"),
+    "arrow-not-validated": (ARROW, "            batch.validate(full=True)", "            pass"),
+    "arrow-compressed": (ARROW, "if message.table(2).has(3):", "if False:"),
+    "arrow-overlapping": (ARROW, " or total > n_bytes:", ":"),
+    "links-in-the-cache": (STORAGE, "    if not _is_plain(folder, stat.S_ISDIR):", "    if False:"),
+    "parts-that-do-not-fit": (STORAGE, "        _check_parts(parts, spaces_, str(folder))", "        pass"),
     # Speed that costs correctness.
     "leaves-out-rows-that-matter": (ENSEMBLES, "th.float32: 2.0**-24", "th.float32: 2.0**3"),
     "drops-what-is-not-a-number": (ENSEMBLES, ".logical_not().flatten()", ".logical_not().logical_and(size > 0).flatten()"),
@@ -268,7 +305,9 @@ def survives(name: str) -> bool:
             tests = ["tests/sb3/test_bases.py"]
         if path in (ENSEMBLES, CAPTURED, DEVICE_DATA, CQL_CLASS) or name in OF_SPEED:
             tests = ["tests/test_ensembles.py", "tests/sb3/test_speed_options.py"]
-        if path in (FRAMES, SHARED, STORAGE):
+        if path in (UNTRUSTED, HDF5, MINARI_FILES, ARROW, NPZ) or name in ("links-in-the-cache", "parts-that-do-not-fit"):
+            tests = ["tests/adapters/test_hostile.py"]
+        elif path in (FRAMES, SHARED, STORAGE):
             tests = [f"tests/adapters/test_{topic}.py" for topic in ("frames", "shared", "storage")]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         # The copy goes before an editable install of the package.
