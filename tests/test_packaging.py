@@ -46,7 +46,9 @@ def pins(repo_root: Path) -> dict[str, str]:
 class TestImportCost:
     """Each import loads only what its own room is made of."""
 
-    HEAVY = frozenset({"torch", "stable_baselines3", "sb3_contrib", "d3rlpy", "minari", "h5py", "pyarrow", "mujoco"})
+    HEAVY = frozenset(
+        {"torch", "stable_baselines3", "sb3_contrib", "d3rlpy", "minari", "h5py", "pyarrow", "mujoco", "safetensors"}
+    )
 
     def test_root_loads_nothing_heavy(self, tmp_path: Path) -> None:
         loaded = loaded_by("import cql_plugins", tmp_path)
@@ -91,7 +93,7 @@ class TestImportCost:
         """What `pip install cql-plugins` alone must be able to import."""
         extras = (
             *("d3rlpy", "gym", "gymnasium_robotics", "h5py", "matplotlib", "minari", "mujoco", "pandas", "PIL"),
-            *("pyarrow", "rich", "sb3_contrib", "tensorboard", "tqdm"),
+            *("pyarrow", "rich", "safetensors", "sb3_contrib", "tensorboard", "tqdm"),
         )
         hidden = f"import sys; sys.modules.update(dict.fromkeys({extras}))"  # None there makes an import fail
         loaded_by(f"{hidden}\nimport cql_plugins.adapters, cql_plugins.sb3\nfrom cql_plugins.sb3 import *", tmp_path)
