@@ -11,6 +11,7 @@ import_quietly()
 from cql_plugins.sb3.checkpoints import CheckpointError, Checkpoints, load_checkpoint  # noqa: E402
 from cql_plugins.sb3.cql import CQL, CalQL  # noqa: E402
 from cql_plugins.sb3.dqn import DiscreteCalQL, DiscreteCQL  # noqa: E402
+from cql_plugins.sb3.weights import WeightsError, load_weights, save_weights  # noqa: E402
 from cql_plugins.sb3.wrappers import FlattenNestedObservation, ResumableEnv, ScaleReward  # noqa: E402
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ __all__ = [
     "FlattenNestedObservation",
     "ResumableEnv",
     "ScaleReward",
+    "WeightsError",
     "load_checkpoint",
+    "load_weights",
+    "save_weights",
 ]
 
 _CONTRIB = {"CQLQRDQN": "qrdqn", "CalQLQRDQN": "qrdqn", "CQLTQC": "tqc", "CalQLTQC": "tqc"}
