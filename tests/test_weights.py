@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +354,14 @@ class TestKinds:
         else:
             with pytest.raises(WeightsError):
                 read_like("x", fresh, value)
+
+
+@pytest.mark.parametrize("room", ["sb3", "d3rlpy"])
+def test_safetensors_is_named_where_it_is_missing(room: str, tmp_path: Path) -> None:
+    pytest.importorskip(f"cql_plugins.{room}", exc_type=ImportError)
+    code = (
+        f"import sys; sys.modules['safetensors'] = None\nfrom cql_plugins.{room} import load_weights\nload_weights('nothing')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "ImportError: safetensors is needed here" in done.stderr
+    assert 'pip install "cql-plugins[safetensors]"' in done.stderr

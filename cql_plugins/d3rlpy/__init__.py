@@ -13,6 +13,7 @@ from cql_plugins.d3rlpy.cal_ql import CalQL, CalQLConfig, DiscreteCalQL, Discret
 from cql_plugins.d3rlpy.checkpoints import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint  # noqa: E402
 from cql_plugins.d3rlpy.cql import CQL, CQLConfig, DiscreteCQL, DiscreteCQLConfig  # noqa: E402
 from cql_plugins.d3rlpy.online import OfflineOnlineReplayBuffer, ReturnsToGoReplayBuffer, with_returns_to_go  # noqa: E402
+from cql_plugins.d3rlpy.weights import WeightsError, load_weights, save_weights  # noqa: E402
 
 __all__ = [
     "CQL",
@@ -28,7 +29,10 @@ __all__ = [
     "OfflineOnlineReplayBuffer",
     "OfflineReplayBuffer",
     "ReturnsToGoReplayBuffer",
+    "WeightsError",
     "load_checkpoint",
+    "load_weights",
     "save_checkpoint",
+    "save_weights",
     "with_returns_to_go",
 ]
