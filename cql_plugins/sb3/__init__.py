@@ -8,6 +8,7 @@ from cql_plugins._gym import import_quietly
 
 import_quietly()
 
+from cql_plugins._guards import NonFiniteError  # noqa: E402
 from cql_plugins.sb3.checkpoints import CheckpointError, Checkpoints, load_checkpoint  # noqa: E402
 from cql_plugins.sb3.cql import CQL, CalQL  # noqa: E402
 from cql_plugins.sb3.dqn import DiscreteCalQL, DiscreteCQL  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "DiscreteCQL",
     "DiscreteCalQL",
     "FlattenNestedObservation",
+    "NonFiniteError",
     "ResumableEnv",
     "ScaleReward",
     "WeightsError",

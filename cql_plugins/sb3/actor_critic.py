@@ -317,9 +317,15 @@ class ConservativeActorCritic(ConservativeMixin):
             if optimizer is not None:
                 update_learning_rate(optimizer, actor_rate)
 
-    def _all_optimizers(self) -> list[th.optim.Optimizer]:
-        every = (self.critic.optimizer, self.actor.optimizer, self.ent_coef_optimizer, self.cql_lagrange_optimizer)
-        return [optimizer for optimizer in every if optimizer is not None]
+    def _named_optimizers(self) -> dict[str, th.optim.Optimizer]:
+        scalars = self._scalar_optimizers()
+        networks = {"critic": self.critic.optimizer, "actor": self.actor.optimizer}
+        order = ("ent_coef", "critic", "cql_lagrange", "actor")
+        return {name: own for name in order if (own := scalars.get(name) or networks.get(name)) is not None}
+
+    def _scalar_optimizers(self) -> dict[str, th.optim.Optimizer]:
+        every = {"ent_coef": self.ent_coef_optimizer, "cql_lagrange": self.cql_lagrange_optimizer}
+        return {name: optimizer for name, optimizer in every.items() if optimizer is not None}
 
     def _step_kind(self) -> tuple[Any, ...]:
         cloning, moving = self._n_updates < self.bc_steps, self._n_updates % self.target_update_interval == 0
@@ -488,12 +494,34 @@ class ConservativeActorCritic(ConservativeMixin):
             polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
+    # The watch -----------------------------------------------------------------------------------------------------------
+
+    def _data_values(self, batch: Batch) -> th.Tensor:
+        q_values = self._q_values(self._critic_outputs(self.critic, batch.observations, batch.actions.unsqueeze(1)))[:, :, 0]
+        return q_values.gather(0, q_values.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+
+    def _policy_outputs(self, batch: Batch) -> dict[str, th.Tensor]:
+        outputs: dict[str, th.Tensor] = {}
+        for place, observations in (("observations", batch.observations), ("next_observations", batch.next_observations)):
+            mean, log_std, _ = self.actor.get_action_dist_params(observations)
+            outputs |= {f"actor.mean({place})": mean, f"actor.log_std({place})": log_std}
+        return outputs
+
+    def _entropy_bonus(self) -> float:
+        if not self.backup_entropy:
+            return 0.0
+        # -log pi of a squashed policy is at most A log 2, and near the target on average.
+        assert isinstance(self.action_space, spaces.Box)
+        largest = max(float(self.action_space.low.size * np.log(2.0)), abs(float(self.target_entropy)))
+        return float(self.logger.name_to_value.get("train/ent_coef", 0.0)) * largest
+
     # Logging and saving --------------------------------------------------------------------------------------------------
 
     def _record_metrics(self) -> None:
         super()._record_metrics()
         multiplier = self.logger.name_to_value.get("train/cql_alpha", 0.0)
-        if multiplier >= losses.LAGRANGE_MAX and not self._warned_of_clamp:
+        # A mean of many such numbers is off by their rounding.
+        if multiplier >= 0.999 * losses.LAGRANGE_MAX and not self._warned_of_clamp:
             self._warned_of_clamp = True
             warnings.warn(
                 f"The Lagrange multiplier reached its clamp of {losses.LAGRANGE_MAX:g}: the gap cannot come down to "

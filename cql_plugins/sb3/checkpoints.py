@@ -35,6 +35,7 @@ from cql_plugins._env_state import capture_state, restore_state
 from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
 from cql_plugins.sb3.offline import OfflineData, OfflineMixin
 from cql_plugins.sb3.rearrange import column_arrays, refill
+from cql_plugins.sb3.watch import WatchedMixin
 
 Model = TypeVar("Model", bound=OfflineMixin)
 
@@ -288,9 +289,12 @@ class Checkpoints(BaseCallback):
             Its path.
 
         Raises:
+            NonFiniteError: If a parameter is not finite; older checkpoints are as they were.
             OSError: If the disk does not take it; older checkpoints and the model are as they were.
         """
         model = self._owner
+        if isinstance(model, WatchedMixin):
+            model.require_finite_parameters()
         document, arrays, tensors = self._contents(model)
         path = self.files.write(f"{self._phase}_{self._clock()}", document, arrays, tensors)
         self._saved_at = self._phase, self._clock()

@@ -21,7 +21,7 @@ from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
 from cql_plugins.sb3.captured import CapturedSteps, is_capturable, make_capturable, make_fused, portable_state
 from cql_plugins.sb3.distributed import Ranks
 from cql_plugins.sb3.metrics import MetricsVector
-from cql_plugins.sb3.offline import OfflineMixin
+from cql_plugins.sb3.watch import WatchedMixin
 
 SelfConservative = TypeVar("SelfConservative", bound="ConservativeMixin")
 _BOOTSTRAP_INTERVAL = 1000
@@ -29,7 +29,7 @@ _BOOTSTRAP_INTERVAL = 1000
 _VALUE_BATCH = 4096
 
 
-class ConservativeMixin(OfflineMixin):
+class ConservativeMixin(WatchedMixin):
     """Options and loop of conservative Q-learning for the SB3 algorithm that follows it in the bases.
 
     Args:
@@ -98,6 +98,9 @@ class ConservativeMixin(OfflineMixin):
         Args:
             gradient_steps: How many.
             batch_size: Transitions in each.
+
+        Raises:
+            NonFiniteError: If a number of a step is not finite; the model is then as it was before that step.
         """
         if not hasattr(self, "_logger"):
             self._logger = configure_logger(self.verbose, self.tensorboard_log, type(self).__name__)
@@ -110,9 +113,11 @@ class ConservativeMixin(OfflineMixin):
             # In single precision on the CPU the steps are the base class's, to the last bit.
             for optimizer in self._all_optimizers():
                 make_fused(optimizer)
+        self._prepare_watch()
         for _ in range(gradient_steps):
             self._metrics.update(step(self.sample_batch(batch_size)))
             self._n_updates += 1
+            self._count_watched_step()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _setup_model(self) -> None:
@@ -147,12 +152,17 @@ class ConservativeMixin(OfflineMixin):
         """Set the gradients of an optimiser's parameters; the one door through which they come, averaged over ranks."""
         optimizer.zero_grad()
         loss.backward()
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        loss = loss.detach()
         if self._ranks is not None:
-            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            self._ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
+            loss = loss.clone()
+            # With the loss, so that no rank goes on where another one's is not finite.
+            self._ranks.average([*gradients, loss])
+        self._watch_gradients(optimizer, loss, gradients)
 
     def _measured_step(self, batch: Batch) -> MetricsVector:
-        return MetricsVector.of(self._train_step(batch))
+        return MetricsVector.of(self._watched_step(batch))
 
     def _captured(self) -> CapturedSteps:
         """Prepare gradient steps that run as CUDA graphs."""
@@ -165,7 +175,7 @@ class ConservativeMixin(OfflineMixin):
 
     def _all_optimizers(self) -> list[th.optim.Optimizer]:
         """Every optimiser that a gradient step moves."""
-        return self._optimizers()
+        return list(self._named_optimizers().values())
 
     def _step_kind(self) -> tuple[Any, ...]:
         """The options and phases of a gradient step: two steps with equal kinds do the same to the same tensors."""
@@ -188,10 +198,6 @@ class ConservativeMixin(OfflineMixin):
         """Get parameters, see SB3; the optimisers' can be loaded by the base class on any device."""
         parameters = super().get_parameters()
         return {name: portable_state(state) if "param_groups" in state else state for name, state in parameters.items()}
-
-    @abstractmethod
-    def _train_step(self, batch: Batch) -> Any:
-        """Do one gradient step; return its metrics, a dataclass of scalars."""
 
     @abstractmethod
     def _values_of(self, observations: th.Tensor | TensorDict) -> th.Tensor:

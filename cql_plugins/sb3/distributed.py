@@ -59,7 +59,7 @@ class Ranks:
         self._host: Any = dist.new_group(backend="gloo")
         self._tensors: Any = dist.group.WORLD if device.type == "cuda" else self._host
         if device.type == "cuda" and "nccl" in dist.get_backend_config():
-            refuse_shared_gpus(self._gather(str(th.cuda.get_device_properties(device).uuid)))
+            refuse_shared_gpus(self.gather(str(th.cuda.get_device_properties(device).uuid)))
         # From the stream that the model's seed started, and another one in each run.
         self._seed = self.from_first(int(np.random.randint(2**31)))  # noqa: NPY002
 
@@ -109,13 +109,28 @@ class Ranks:
         Raises:
             ValueError: If they differ, on all ranks.
         """
-        everyone = self._gather(values)
+        everyone = self.gather(values)
         for name in values:
             by_rank = [one[name] for one in everyone]
             if any(value != by_rank[0] for value in by_rank):
                 raise ValueError(f"All ranks must train alike, but {name} is {by_rank} on ranks 0 to {self.size - 1}.")
 
-    def _gather(self, value: T) -> list[T]:
+    def any_of(self, finding: bool) -> bool:
+        """Tell whether it is so on any rank; cheap enough for each gradient step.
+
+        Args:
+            finding: Of this rank.
+        """
+        flag = th.tensor([finding], dtype=th.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._host)
+        return bool(flag)
+
+    def gather(self, value: T) -> list[T]:
+        """Get the values of all ranks, in their order.
+
+        Args:
+            value: Of this rank; any object that can be pickled.
+        """
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, value, group=self._host)
         return everyone

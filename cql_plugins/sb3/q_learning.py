@@ -84,6 +84,12 @@ class ConservativeQLearning(ConservativeMixin):
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.policy.optimizer]
 
+    def _named_optimizers(self) -> dict[str, th.optim.Optimizer]:
+        return {"": self.policy.optimizer}
+
+    def _data_values(self, batch: Batch) -> th.Tensor:
+        return _of_actions(self._quantiles(self._networks[0], batch.observations), batch.actions.long()).mean(dim=1)
+
     def _on_step(self) -> None:
         super()._on_step()
         if self._n_offline_steps:

@@ -20,6 +20,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from cql_plugins._guards import NonFiniteError
 from cql_plugins.adapters import OfflineDataset, from_arrays
 from cql_plugins.sb3 import CQL, CQLTQC, CalQL, DiscreteCQL
 from cql_plugins.sb3.distributed import Ranks
@@ -255,6 +256,31 @@ def train_with_failure(rank: int) -> dict[str, Any]:
     return {"error": None}
 
 
+def train_sick(rank: int, where: str) -> dict[str, Any]:
+    """In the third step the second rank has a batch, or a gradient, that is not finite."""
+
+    class Sick(CQL):
+        def sample_batch(self, batch_size: int) -> Any:
+            batch = super().sample_batch(batch_size)
+            if where == "batch" and rank == 1 and self._n_updates == 2:
+                batch.rewards[5] = np.nan
+            return batch
+
+    def spoil(gradient: th.Tensor) -> th.Tensor:
+        return gradient * np.nan if where == "gradient" and rank == 1 and model._n_updates == 2 else gradient
+
+    model, told = make_model(Sick), []
+    model.critic.qf0[0].weight.register_hook(spoil)
+    if rank == 0:
+        model._sick_listeners.append(lambda error: told.append((error.step, state_of(model))))
+    try:
+        model.learn_offline(make_dataset(), STEPS)
+    except NonFiniteError as error:
+        own = {"text": str(error), "step": error.step, "tensor": error.tensor, "rows": error.rows}
+        return own | {"state": state_of(model), "told": told, "closed": model._ranks is None}
+    return {"text": "never sick"}
+
+
 def refusals(rank: int) -> dict[str, str]:
     data = make_dataset()
     env = DummyVecEnv([lambda: gym.make("Pendulum-v1")])
@@ -286,6 +312,7 @@ def main(folder: str) -> None:
     assert th.distributed.get_world_size() == size
     results["apart"] = train_on_given("CalQL", "sgd", rank, size, averages=False)
     results["failure"] = train_with_failure(rank)
+    results |= {f"sick {where}": train_sick(rank, where) for where in ("batch", "gradient", "nothing")}
     results["own"], results["own again"] = train_on_own(rank), train_on_own(rank)
     results["noise apart"] = train_on_own(rank, shares_noise=False)
     results["normalized"] = train_normalized()

@@ -171,6 +171,21 @@ def test_a_rank_that_fails_makes_the_other_fail(ranks: list[dict[str, Any]]) -> 
     assert first["seconds"] < 60  # not the 30 minutes of the timeout
 
 
+@pytest.mark.parametrize(("where", "tensor"), [("batch", "batch.rewards"), ("gradient", "critic.qf0.0.weight.grad")])
+def test_a_rank_that_is_sick_stops_all_at_that_step(ranks: list[dict[str, Any]], where: str, tensor: str) -> None:
+    first, second = (rank[f"sick {where}"] for rank in ranks)
+    for own in (first, second):
+        assert (own["step"], own["tensor"], own["closed"]) == (3, tensor, True)
+        assert ("on rank 1, batch.rewards has 1 of 8" in own["text"]) == (where == "batch")
+    assert (first["rows"], second["rows"]) == ((5,), (5,)) or where == "gradient"
+    assert distance(first["state"], second["state"]) == 0
+    ((step, saved),) = first["told"]
+    assert step == 3
+    assert distance(saved, first["state"]) == 0
+    assert second["told"] == []
+    assert all(rank["sick nothing"] == {"text": "never sick"} for rank in ranks)
+
+
 @pytest.mark.parametrize(
     ("attempt", "said"),
     [

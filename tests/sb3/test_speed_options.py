@@ -187,14 +187,17 @@ class TestNetworksOfUsers:
             outputs = model._critic_outputs(model.critic, batch.observations, actions, precision)
             assert (outputs.shape, outputs.dtype) == ((2, 4, 3, 1), th.float32)
 
-    def test_sick_values_are_seen_on_the_cpu_as_in_sac(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_sick_policies_are_seen_on_the_cpu_as_in_sac(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # torch's compiler, which an export by another test may have loaded, turns the check off for the whole process.
         monkeypatch.setattr(th.distributions.Distribution, "_validate_args", True)
-        buffer = make_buffer()
-        buffer.rewards[:] = np.nan
-        model = make_model(CQL, buffer)
+        model = make_model(CQL)
+        model.actor.mu.weight.data[:] = np.nan
+        batch = model.sample_batch(16)
         with pytest.raises(ValueError, match="Expected parameter loc"):
-            model.train(5, 16)
+            model._train_step(batch)
+        model._do_not_check_the_policy()
+        with pytest.raises(Exception, match="ent_coef_loss is nan"):
+            model._train_step(batch)
 
     @pytest.mark.parametrize("algorithm", [CQL, CalQL, CalQLTQC])
     def test_a_trained_model_can_be_copied(self, algorithm: Any) -> None:
