@@ -8,6 +8,7 @@ try:
 except ImportError as error:
     raise ImportError(f'd3rlpy is needed here: {error}. Install it with: pip install "cql-plugins[d3rlpy]"') from error
 
+from cql_plugins._guards import NonFiniteError  # noqa: E402
 from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer  # noqa: E402
 from cql_plugins.d3rlpy.cal_ql import CalQL, CalQLConfig, DiscreteCalQL, DiscreteCalQLConfig  # noqa: E402
 from cql_plugins.d3rlpy.checkpoints import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "DiscreteCQLConfig",
     "DiscreteCalQL",
     "DiscreteCalQLConfig",
+    "NonFiniteError",
     "OfflineOnlineReplayBuffer",
     "OfflineReplayBuffer",
     "ReturnsToGoReplayBuffer",

@@ -86,25 +86,27 @@ class ReturnsToGoMiniBatch(TransitionMiniBatch):
 
     Attributes:
         lookup: From settings to ``G(s)``, shape ``(B,)``.
+        place_of: From a row of the batch to where its transition is stored, in words.
     """
 
     lookup: ReturnsLookup
+    place_of: Callable[[int], str]
 
     def returns_to_go(self, settings: ReturnsSettings) -> Float32NDArray:
         """Look up ``G(s)`` of each transition, shape ``(B, 1)``, float32; ``-inf`` where it is not known."""
         return self.lookup(settings).astype(np.float32, copy=False).reshape(-1, 1)
 
 
-def with_lookup(batch: TransitionMiniBatch, lookup: ReturnsLookup) -> ReturnsToGoMiniBatch:
+def with_lookup(batch: TransitionMiniBatch, lookup: ReturnsLookup, place_of: Callable[[int], str]) -> ReturnsToGoMiniBatch:
     """Give d3rlpy's mini-batch its returns-to-go.
 
     Args:
         batch: The batch.
         lookup: From settings to ``G(s)``, shape ``(B,)``.
+        place_of: From a row of the batch to where its transition is stored, in words.
     """
-    return ReturnsToGoMiniBatch(
-        **{field.name: getattr(batch, field.name) for field in dataclasses.fields(TransitionMiniBatch)}, lookup=lookup
-    )
+    own = {field.name: getattr(batch, field.name) for field in dataclasses.fields(TransitionMiniBatch)}
+    return ReturnsToGoMiniBatch(**own, lookup=lookup, place_of=place_of)
 
 
 class LazyTransitions(Sequence[Transition]):
@@ -144,9 +146,17 @@ def join_batches(parts: Sequence[ReturnsToGoMiniBatch]) -> ReturnsToGoMiniBatch:
             return np.concatenate(values)
         return [np.concatenate(leaves) for leaves in zip(*values, strict=True)]
 
-    def pick(row: int) -> Transition:
+    def part_of(row: int) -> tuple[ReturnsToGoMiniBatch, int]:
         part = int(np.searchsorted(starts, row, side="right")) - 1
-        return parts[part].transitions[row - int(starts[part])]
+        return parts[part], row - int(starts[part])
+
+    def pick(row: int) -> Transition:
+        part, own_row = part_of(row)
+        return part.transitions[own_row]
+
+    def place_of(row: int) -> str:
+        part, own_row = part_of(row)
+        return part.place_of(own_row)
 
     starts = np.cumsum([0, *(len(part.transitions) for part in parts)])
     names = [field.name for field in dataclasses.fields(TransitionMiniBatch) if field.name != "transitions"]
@@ -154,4 +164,5 @@ def join_batches(parts: Sequence[ReturnsToGoMiniBatch]) -> ReturnsToGoMiniBatch:
         **{name: joined(name) for name in names},
         transitions=LazyTransitions(pick, range(int(starts[-1]))),
         lookup=lambda settings: np.concatenate([part.lookup(settings) for part in parts]),
+        place_of=place_of,
     )

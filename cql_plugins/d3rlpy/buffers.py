@@ -146,9 +146,10 @@ class OfflineReplayBuffer(ReplayBufferBase):
         Args:
             rows: Integers, shape ``(B,)``.
         """
-        lookup = partial(self._look_up, rows)
+        lookup, place_of = partial(self._look_up, rows), partial(self._place_of, rows)
         if not self._picker.is_basic:
-            return with_lookup(TransitionMiniBatch.from_transitions([self.transition(int(row)) for row in rows]), lookup)
+            picked = TransitionMiniBatch.from_transitions([self.transition(int(row)) for row in rows])
+            return with_lookup(picked, lookup, place_of)
         observation_rows = rows + self._episode_of_row[rows]
         terminal = self._terminations[rows]
         # As d3rlpy has it: zero after a terminal step. What was done after a truncated one is not known.
@@ -166,7 +167,12 @@ class OfflineReplayBuffer(ReplayBufferBase):
             intervals=np.ones((len(rows), 1), dtype=np.float32),
             transitions=LazyTransitions(self.transition, rows),
             lookup=lookup,
+            place_of=place_of,
         )
+
+    def _place_of(self, rows: NDArray, i: int) -> str:
+        episode = int(self._episode_of_row[rows[i]])
+        return f"row {int(rows[i])} (step {int(rows[i] - self.offsets[episode])} of episode {episode})"
 
     def sample_trajectory(self, length: int) -> PartialTrajectory:
         """Sample a partial trajectory, as d3rlpy does."""

@@ -140,6 +140,7 @@ class CQL(OfflineToOnlineMixin, d3rlpy.algos.CQL):
         super().inner_create_impl(observation_shape, action_size)
         assert isinstance(self._impl, HostCQLImpl)
         self._impl = self._wrap_impl(self._impl)
+        self._watch(self._impl)
 
     def _wrap_impl(self, built: HostCQLImpl) -> CQLImpl:
         return CQLImpl(built, self._config, self.compiled)
@@ -211,6 +212,7 @@ class DiscreteCQL(OfflineToOnlineMixin, d3rlpy.algos.DiscreteCQL):
         super().inner_create_impl(observation_shape, action_size)
         assert isinstance(self._impl, HostDiscreteCQLImpl)
         self._impl = self._wrap_impl(self._impl)
+        self._watch(self._impl)
 
     def _wrap_impl(self, built: HostDiscreteCQLImpl) -> DiscreteCQLImpl:
         return DiscreteCQLImpl(built, self._config, self.compiled)

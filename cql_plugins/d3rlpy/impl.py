@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cql_plugins import losses
+from cql_plugins.d3rlpy.watch import Watch
 from cql_plugins.ensembles import Precision, Workspace, evaluate_actions, linear_layers
 from cql_plugins.losses import Calibration, Gaussian, Penalty
 
@@ -147,6 +148,44 @@ class CQLImpl(HostCQLImpl):
         self._workspace = Workspace()
         # What d3rlpy compiles around it leaves it as it is.
         self._evaluate_actions = th.compiler.disable(evaluate_actions) if compiled else evaluate_actions
+        self.watch = Watch(
+            self._modules,
+            self._device,
+            self._data_values,
+            self._policy_outputs,
+            config.gamma,
+            "conservative_weight",
+            # log pi of a squashed policy has no lower bound but -A log 2, and is near the target, A, on average.
+            entropy=float(self._action_size) if config.soft_q_backup else 0.0,
+            reward_scaler=config.reward_scaler,
+        )
+        optimizers = self._modules.critic_optim, self._modules.actor_optim
+        self._compute_critic_grad = self.watch.over("critic", self._compute_critic_grad, optimizers[0])
+        self._compute_actor_grad = self.watch.over("actor", self._compute_actor_grad, optimizers[1])
+
+    def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
+        """Do one gradient step.
+
+        Args:
+            batch: The batch.
+            grad_step: Gradient steps so far.
+
+        Raises:
+            NonFiniteError: If a number of the step is not finite; the model is then as it was before.
+        """
+        return self.watch.step(super().inner_update, batch, grad_step)
+
+    def _data_values(self, batch: TorchMiniBatch) -> th.Tensor:
+        q_values = self._q_values(self._q_func_forwarder, batch.observations, batch.actions.unsqueeze(1))[:, :, 0]
+        return q_values.gather(0, q_values.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+
+    def _policy_outputs(self, batch: TorchMiniBatch) -> dict[str, th.Tensor]:
+        outputs: dict[str, th.Tensor] = {}
+        for place, observations in (("observations", batch.observations), ("next_observations", batch.next_observations)):
+            policy = self._modules.policy(observations)
+            assert policy.logstd is not None
+            outputs |= {f"policy.mean({place})": policy.mu, f"policy.logstd({place})": policy.logstd}
+        return outputs
 
     # The target ------------------------------------------------------------------------------------------------------
 
@@ -432,6 +471,33 @@ class DiscreteCQLImpl(HostDiscreteCQLImpl):
             device=built.device,
         )
         self._options = config
+        self.watch = Watch(
+            self._modules,
+            self._device,
+            self._data_values,
+            lambda _: {},
+            config.gamma,
+            "alpha",
+            reward_scaler=config.reward_scaler,
+        )
+        self._compute_grad = self.watch.over("", self._compute_grad, self._modules.optim)
+
+    def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
+        """Do one gradient step.
+
+        Args:
+            batch: The batch.
+            grad_step: Gradient steps so far.
+
+        Raises:
+            NonFiniteError: If a number of the step is not finite; the model is then as it was before.
+        """
+        return self.watch.step(super().inner_update, batch, grad_step)
+
+    def _data_values(self, batch: TorchMiniBatch) -> th.Tensor:
+        q_values = self._q_func_forwarder.compute_expected_q(batch.observations, "none")
+        index = batch.actions.long().reshape(1, -1, 1).expand(q_values.shape[0], -1, 1)
+        return q_values.gather(2, index).mean(dim=0).squeeze(1)
 
     @th.no_grad()
     def value_of(self, observations: TorchObservation) -> th.Tensor:

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from d3rlpy.dataset.utils import cast_tuple_shape, is_tuple_shape
 from d3rlpy.serializable_config import CONFIG_STORAGE
 from d3rlpy.types import Float32NDArray, GymEnv, Observation
 
+from cql_plugins._guards import SickListener, bad_cells
 from cql_plugins.d3rlpy.batches import ReturnsSettings, ReturnsToGoMiniBatch, TailValues
 from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer
 from cql_plugins.d3rlpy.export import example_inputs, export_onnx
@@ -89,6 +91,52 @@ class OfflineToOnlineMixin(_AlgoBase):
     _offline_data: ReplayBufferBase | None = None
     _needs_returns = False
     _run: Run | None = None
+
+    @cached_property
+    def _sick_listeners(self) -> list[SickListener]:
+        """Called before a ``NonFiniteError`` is raised, while the algorithm is as the error says."""
+        return []
+
+    def _watch(self, impl: Any) -> None:
+        """Tell a new implementation's watch of the data and of those who listen."""
+        impl.watch.listeners, impl.watch.bad_cells = self._sick_listeners, self._bad_cells
+
+    def _bad_cells(self) -> Iterator[str]:
+        """Name the cells of the logged data that are not finite."""
+        for number, episode in enumerate([] if self._offline_data is None else self._offline_data.episodes):
+            for field in ("observations", "actions", "rewards"):
+                column = getattr(episode, field)
+                for i, leaf in enumerate(column if isinstance(column, (list, tuple)) else [column]):
+                    name = f"episodes[{number}].{field}" + (f"[{i}]" if isinstance(column, (list, tuple)) else "")
+                    yield from bad_cells(name, leaf, len(leaf))
+
+    def save(self, fname: str) -> None:
+        """Save the algorithm, see d3rlpy; one whose parameters are not finite is refused, lest it replace a good one.
+
+        Args:
+            fname: See d3rlpy.
+
+        Raises:
+            NonFiniteError: If they are not.
+        """
+        self._require_finite_parameters()
+        super().save(fname)
+
+    def save_model(self, fname: str) -> None:
+        """Save the parameters, see d3rlpy; those that are not finite are refused.
+
+        Args:
+            fname: See d3rlpy.
+
+        Raises:
+            NonFiniteError: If they are not.
+        """
+        self._require_finite_parameters()
+        super().save_model(fname)
+
+    def _require_finite_parameters(self) -> None:
+        if self._impl is not None:
+            self._impl.watch.require_finite_parameters(self._grad_step)
 
     @property
     def offline_data(self) -> ReplayBufferBase | None:

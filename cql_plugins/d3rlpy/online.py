@@ -307,7 +307,12 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
         stored = self.inner.buffer
         pairs = [stored[int(row)] for row in np.random.randint(self.transition_count, size=batch_size)]  # noqa: NPY002
         batch = TransitionMiniBatch.from_transitions([self._picker(episode, index) for episode, index in pairs])
-        return with_lookup(batch, partial(self._look_up, pairs))
+        return with_lookup(batch, partial(self._look_up, pairs), partial(self._place_of, pairs))
+
+    def _place_of(self, pairs: Sequence[tuple[EpisodeBase, int]], i: int) -> str:
+        episode, step = pairs[i]
+        number = next((n for n, own in enumerate(self.inner.episodes) if own is episode), None)
+        return f"step {step} of " + ("the running episode" if number is None else f"episode {number} of this buffer")
 
     def _look_up(self, pairs: Sequence[tuple[EpisodeBase, int]], settings: ReturnsSettings) -> NDArray:
         if settings.tail == "sparse" and settings.failure_reward is None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch as th
 
 import cql_plugins.d3rlpy as room
+from cql_plugins._guards import NonFiniteError
 
 import d3rlpy  # isort: skip  (after ours, which imports it without its notice)
 
@@ -71,6 +72,18 @@ def batch_of(step: int, rank: int, world_size: int) -> Any:
     )
 
 
+def become_sick(algo: Any, rank: int, world_size: int) -> str:
+    """The second process has a batch that is not finite; both stop."""
+    batch = batch_of(STEPS, rank, world_size)
+    if rank == 1:
+        batch.rewards[4] = np.nan
+    try:
+        algo.update(batch)
+    except NonFiniteError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: str, steps_of_lagrange: str) -> None:
     distributed = "RANK" in os.environ
     rank = d3rlpy.distributed.init_process_group("gloo") if distributed else 0
@@ -94,6 +107,8 @@ def main(folder: str, steps_of_lagrange: str) -> None:
     assert algo.impl is not None
     algo.impl.save_model(open(os.path.join(folder, f"{world_size}-{rank}.pt"), "wb"))  # noqa: SIM115
     if distributed:
+        with open(os.path.join(folder, f"sick-{rank}.txt"), "w") as file:
+            file.write(become_sick(algo, rank, world_size))
         d3rlpy.distributed.destroy_process_group()
 
 

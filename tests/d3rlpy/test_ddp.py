@@ -49,3 +49,6 @@ def test_two_processes_are_one_with_the_doubled_batch(alpha_learning_rate: str, 
     assert largest_difference(first, alone) < 1e-6
     untouched = {key: th.zeros_like(value) for key, value in alone.items()}
     assert largest_difference(untouched, alone) > 1e-2
+    for rank in range(2):
+        text = (tmp_path / f"sick-{rank}.txt").read_text()
+        assert text.startswith("Gradient step 51: on process 1, batch.rewards has 1 of 16 values"), text
