@@ -32,6 +32,7 @@ FRAMES, SHARED, STORAGE = "adapters/frames.py", "cql_plugins/sb3/shared_buffer.p
 UNTRUSTED, HDF5, MINARI_FILES, ARROW, NPZ = (
     f"adapters/{name}.py" for name in ("_untrusted", "_hdf5", "_minari_files", "_arrow", "arrays")
 )
+GUARDS, WATCH = "cql_plugins/_guards.py", "cql_plugins/sb3/watch.py"
 SOFT_MAXIMUM = "    return temperature * th.logsumexp(logits, dim=2)"
 
 MUTANTS: dict[str, tuple[str, str, str]] = {
@@ -246,6 +247,15 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "arrow-overlapping": (ARROW, " or total > n_bytes:", ":"),
     "links-in-the-cache": (STORAGE, "    if not _is_plain(folder, stat.S_ISDIR):", "    if False:"),
     "parts-that-do-not-fit": (STORAGE, "        _check_parts(parts, spaces_, str(folder))", "        pass"),
+    # The watch.
+    "no-way-back": (WATCH, "        before.restore()\n        stepped = ", "        stepped = "),
+    "sick-gradients-used": (WATCH, "        if not _guards.total_is_finite([loss, *gradients]):", "        if False:"),
+    "sick-models-saved": (WATCH, "        self.require_finite_parameters()\n        super().save", "        super().save"),
+    "unknown-returns-are-sick": (GUARDS, "returns.max().item() < math.inf", "math.isfinite(returns.sum().item())"),
+    "devices-step-on": (GUARDS, "optimizer.found_inf = self._sick if can else None", "optimizer.found_inf = None"),
+    "no-margin": (GUARDS, "margin = self.high - self.low + _INITIAL_Q", "margin = 0.0"),
+    "d3rlpy-no-way-back": (D3RLPY + "watch.py", "        before.restore()\n", ""),
+    "d3rlpy-sick-gradients-used": (D3RLPY + "watch.py", "if not _guards.total_is_finite([loss, *gradients]):", "if False:"),
     # Speed that costs correctness.
     "leaves-out-rows-that-matter": (ENSEMBLES, "th.float32: 2.0**-24", "th.float32: 2.0**3"),
     "drops-what-is-not-a-number": (ENSEMBLES, ".logical_not().flatten()", ".logical_not().logical_and(size > 0).flatten()"),
@@ -301,6 +311,10 @@ def survives(name: str) -> bool:
         if path.startswith((D3RLPY, "adapters/models")):
             tests = [f"tests/d3rlpy/test_{topic}.py" for topic in ("parity", "buffers", "online", "wrapping", "ddp")]
             tests.append("tests/adapters/test_models.py")
+        if path in (GUARDS, WATCH):
+            tests = ["tests/test_guards.py", "tests/sb3/test_sick.py"]
+        if path == D3RLPY + "watch.py":
+            tests = ["tests/d3rlpy/test_sick.py"]
         if path in (Q_LEARNING, QRDQN, TQC):
             tests = ["tests/sb3/test_bases.py"]
         if path in (ENSEMBLES, CAPTURED, DEVICE_DATA, CQL_CLASS) or name in OF_SPEED:
