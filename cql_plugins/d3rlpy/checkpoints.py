@@ -496,6 +496,15 @@ class Checkpoints:
         if stopping:
             self._signals.obey()
 
+    def keep_from_before(self, algo: Any) -> None:
+        """Write the state from before a step that failed beside the checkpoints; never resumed from, since it would fail again.
+
+        Args:
+            algo: What was trained, as a ``NonFiniteError`` leaves it.
+        """
+        path = save_checkpoint(algo, self.folder / f"before_failure_step_{algo.grad_step}.zip")
+        warnings.warn(f"The state before the failed step is in {path}; load_checkpoint(path) reads it.", stacklevel=2)
+
     def __enter__(self) -> Checkpoints:
         if self._depth == 0:
             self._active.enter_context(self._signals)

@@ -20,6 +20,8 @@ import numpy as np
 import torch as th
 from d3rlpy.dataset import MixedReplayBuffer, ReplayBufferBase
 
+from cql_plugins._guards import NonFiniteError
+
 Phase = Literal["offline", "online"]
 
 _LOOP_ARGUMENTS = {
@@ -334,6 +336,11 @@ def following(algo: Any, run: Run, call: inspect.BoundArguments) -> Iterator[_Lo
     try:
         with callback if hasattr(callback, "__enter__") else contextlib.nullcontext():
             yield loop
+    except NonFiniteError:
+        algo._run = None  # The state is from before the step: of no point that the loop could go on from.
+        if (keep := getattr(callback, "keep_from_before", None)) is not None:
+            keep(algo)
+        raise
     finally:
         loop.unshadow()
         if run.left_at is None:

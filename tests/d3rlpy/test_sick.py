@@ -18,7 +18,15 @@ from gymnasium import spaces
 
 from cql_plugins import _guards
 from cql_plugins.adapters import from_arrays, to_d3rlpy
-from cql_plugins.d3rlpy import CalQLConfig, CQLConfig, DiscreteCalQLConfig, DiscreteCQLConfig, NonFiniteError
+from cql_plugins.d3rlpy import (
+    CalQLConfig,
+    Checkpoints,
+    CQLConfig,
+    DiscreteCalQLConfig,
+    DiscreteCQLConfig,
+    NonFiniteError,
+    load_checkpoint,
+)
 from cql_plugins.d3rlpy.online import OfflineOnlineReplayBuffer, ReturnsToGoReplayBuffer
 
 CONTINUOUS: list[Any] = [CQLConfig, CalQLConfig]
@@ -369,3 +377,22 @@ def test_scaled_rewards_have_a_range_of_their_own() -> None:
         algo.update(data.sample_transition_batch(BATCH))
         ranges.append(algo.impl.watch.q_range.high)
     assert ranges[1] == pytest.approx(10 * ranges[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("config", [CalQLConfig, DiscreteCQLConfig])
+def test_a_run_with_checkpoints_keeps_the_state_from_before(config: Any, tmp_path: Path) -> None:
+    data = data_for(config)
+    algo = make(config, data)
+    checkpoints = Checkpoints(tmp_path, every_steps=2)
+    data._rewards[BAD_ROW] = np.nan
+    arguments = {"n_steps": 60, "n_steps_per_epoch": 60, "logger_adapter": NoopAdapterFactory(), "show_progress": False}
+    with pytest.warns(UserWarning, match="The state before the failed step"), pytest.raises(NonFiniteError):
+        algo.fit(data, callback=checkpoints, **arguments)
+    (path,) = tmp_path.glob("before_failure_*.zip")
+    assert path not in checkpoints.paths()
+    found = load_checkpoint(path)
+    assert found.grad_step == algo.grad_step
+    assert found.resume_point is None
+    names = algo.impl.modules.q_funcs.state_dict()
+    assert all(th.equal(value, found.impl.modules.q_funcs.state_dict()[name]) for name, value in names.items())
+    assert all(value.isfinite().all() for value in names.values())
