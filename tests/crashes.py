@@ -94,7 +94,8 @@ def child(folder: Path) -> None:
     assert model.log_ent_coef is not None
     leaves["log_ent_coef"] = model.log_ent_coef.detach().numpy()
     leaves["counters"] = np.array([model.num_timesteps, model._n_updates, model._n_offline_steps, model._episode_num])
-    leaves["next"] = np.array([th.rand(1).item(), np.random.rand(), random.random()])
+    with model._own_streams():
+        leaves["next"] = np.array([th.rand(1).item(), np.random.rand(), random.random()])
     assert model.replay_buffer is not None
     leaves["rows"] = np.asarray(model.replay_buffer.observations)[: model.replay_buffer.size()]
     np.savez(folder / "writing.npz", **leaves)

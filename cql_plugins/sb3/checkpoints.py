@@ -548,8 +548,9 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
     if generator is not None:
         model.action_space.np_random.bit_generator.state = generator.bit_generator.state
     states = {**archive.decoded("random"), **archive.tensors["random"]}
-    set_random_states(states)
-    if model._random_states is not None:
+    if model._random_states is None:  # It draws from the global streams, or trains, so that those are its own.
+        set_random_states(states)
+    else:
         model._random_states = states
 
 

@@ -665,7 +665,7 @@ def _flat(tree: Any) -> dict[str, Any]:
     return found
 
 
-def test_models_with_seeds_do_not_disturb_each_other_in_one_process() -> None:
+def test_models_with_seeds_do_not_disturb_each_other_in_one_process(tmp_path: Path) -> None:
     """In SB3 all models draw from one stream, so that training in turns is not what training alone is."""
 
     def model(seed: int | None) -> Any:
@@ -689,6 +689,15 @@ def test_models_with_seeds_do_not_disturb_each_other_in_one_process() -> None:
     np.random.seed(7)
     th.manual_seed(7)
     one.learn_offline(collect(), 1).learn(5)
+    assert (th.rand(1).item(), np.random.rand()) == expected
+    # Going on from a checkpoint leaves them alone, too.
+    run = Checkpoints(tmp_path)
+    run.learn_offline(model(1), collect(), 2)
+    again = Checkpoints(tmp_path)
+    resumed = model(1)
+    np.random.seed(7)
+    th.manual_seed(7)
+    again.learn_offline(again.resume(resumed), collect(), 4)
     assert (th.rand(1).item(), np.random.rand()) == expected
     # Without a seed it is SB3's one stream for all.
     unseeded = model(None)
