@@ -1,5 +1,6 @@
 """Reader and writer for Minari data sets."""
 
+import inspect
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -355,8 +356,9 @@ def to_minari(
 ) -> "MinariDataset":
     """Store a data set in Minari's standard format, without loss; `from_minari` reads the same transitions back.
 
-    Images are stored raw, not as JPEG. The environment's id is stored where Gymnasium knows it, and reference returns
-    where this data set has them. An end that its source did not flag is stored as a truncation.
+    Images are stored raw, not as JPEG, and refused by name where Minari (0.5.3) can only make JPEGs. The environment's id is
+    stored where Gymnasium knows it, and reference returns where this data set has them. An end that its source did not flag
+    is stored as a truncation.
 
     Args:
         dataset: The data set.
@@ -385,6 +387,7 @@ def to_minari(
             source=dataset_id,
             hint="Choose another name or version, or remove it with minari.delete_dataset",
         )
+    raw = _ask_for_raw_images(minari, dataset, dataset_id)
     created = _outermost_missing(path)
     space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
     # One at a time, since together they may be larger than memory; Minari asks for a list, and goes through it once.
@@ -406,7 +409,7 @@ def to_minari(
                 code_permalink=code_permalink,
                 description=description,
                 data_format=data_format,
-                jpeg_encoding=False,
+                **raw,
             )
             if dataset.references is not None:
                 # Given to the call above, they would make Minari build the environment and run a random policy in it.
@@ -420,6 +423,25 @@ def to_minari(
             raise DatasetError(f"Minari cannot store it: {error}", source=dataset_id) from error
         raise
     return stored
+
+
+def _ask_for_raw_images(minari: Any, dataset: OfflineDataset, dataset_id: str) -> dict[str, bool]:
+    """Return the arguments that make Minari store images as they are; before 0.5.3 it does without being asked."""
+    if "jpeg_encoding" in inspect.signature(minari.create_dataset_from_buffers).parameters:
+        return {"jpeg_encoding": False}
+    from minari.dataset import minari_storage
+
+    if hasattr(minari_storage, "is_image_space"):
+        # 0.5.3 takes more bytes for an image when it writes than when it reads: nothing of bytes is safe.
+        for root, space in (("observations", dataset.observation_space), ("actions", dataset.action_space)):
+            for name, leaf in named_leaves(space, root):
+                if leaf.dtype == np.uint8:
+                    raise DatasetError(
+                        f"expected a Minari that can store the bytes of {name} as they are, this one makes JPEGs of them",
+                        source=dataset_id,
+                        hint='Bring it to 0.5.4 or newer with: pip install "minari>=0.5.4"',
+                    )
+    return {}
 
 
 def _extra_of(data_format: str) -> str:

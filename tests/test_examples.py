@@ -194,6 +194,8 @@ def test_door_human(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "minari": ("dapg/door/human-replay-v0", DATA / "minari" / "dapg" / "door" / "human-replay-v0"),
         "hdf5": (str(DATA / "d4rl" / "door-human.hdf5"), DATA / "d4rl" / "door-human.hdf5"),
     }[source]
+    if source == "minari" and "0.5.4" not in pytest.importorskip("minari").supported_dataset_versions:
+        pytest.skip("the real data was written by Minari 0.5.4")
     if not path.exists():
         pytest.skip(f"no {path.name} under {DATA}; CQL_PLUGINS_DATA says where to look")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(DATA / "minari"))

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
-import minari
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -54,10 +52,22 @@ def as_hdf5(folder: Path, steps: dict[str, Any], **changes: Any) -> Path:
     names = {"terminations": "terminals", "truncations": "timeouts"}
     fields = {names.get(key, key): value for key, value in steps.items() if isinstance(value, np.ndarray)} | changes
     folder.mkdir(exist_ok=True)
+    h5py = pytest.importorskip("h5py")
     with h5py.File(folder / "log.hdf5", "w") as file:
         for key, value in fields.items():
             file.create_dataset(key, data=value, compression="gzip")
     return folder / "log.hdf5"
+
+
+def minari_with(data_format: str = "hdf5") -> Any:
+    """Minari, if it is installed and has what it stores with."""
+    pytest.importorskip("h5py" if data_format == "hdf5" else "pyarrow")
+    minari = pytest.importorskip("minari")
+    from minari.dataset._storages import get_storage_keys
+
+    if data_format not in get_storage_keys():
+        pytest.skip(f"Minari {minari.__version__} has no storage {data_format}")
+    return minari
 
 
 def leaves(dataset: OfflineDataset) -> list[np.ndarray]:
@@ -73,6 +83,8 @@ def entries(cache: Path) -> list[str]:
 class TestSameAsInMemory:
     @pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
     def test_minari(self, arguments: dict[str, Any], cache: Path, data_format: str, assert_same: Any) -> None:
+        if minari_with(data_format).__version__ == "0.5.3":
+            pytest.skip("Minari 0.5.3 makes JPEGs of bytes")
         space = {"eye": spaces.Box(0, 255, (4, 5, 1), np.uint8), "room": spaces.Discrete(9), "x": spaces.Box(-9, 999, (2,))}
         eye = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 1), dtype=np.uint8)
         observations = {"eye": eye, "room": np.arange(7), "x": arguments["observations"]}
@@ -128,6 +140,8 @@ class TestSameAsInMemory:
             assert Path(caught[0].filename) == Path(__file__)
 
     def test_stacked_from_files(self, arguments: dict[str, Any]) -> None:
+        if minari_with().__version__ == "0.5.3":
+            pytest.skip("Minari 0.5.3 makes JPEGs of bytes")
         frames = np.arange(7, dtype=np.uint8).reshape(7, 1, 1, 1) * np.ones((1, 36, 37, 1), np.uint8)
         space = spaces.Box(0, 255, (36, 37, 1), np.uint8)
         to_minari(OfflineDataset(**arguments | {"observations": frames, "observation_space": space}), "made/film-v0")
@@ -147,6 +161,7 @@ class TestSameAsInMemory:
         assert to_sb3(dataset, model).sample(3).observations.shape == (3, 2)
 
     def test_d3rlpy_shares_the_files(self, tmp_path: Path, steps: dict[str, Any], quietly: Any) -> None:
+        pytest.importorskip("cql_plugins.d3rlpy", exc_type=ImportError)
         buffer = to_d3rlpy(quietly(from_npz, as_npz(tmp_path / "data", steps), storage="memmap"))
         assert is_mapped(buffer._observations)
         assert buffer.transition_batch(np.array([4])).next_observations.tolist() == [[102, 7]]
@@ -200,6 +215,7 @@ class TestReuse:
         assert self._read(path, quietly, action_space=spaces.Box(-2, 2, (1,))).action_space == wide.action_space
 
     def test_part_of_a_minari_dataset(self, golden: OfflineDataset, cache: Path) -> None:
+        minari = minari_with()
         to_minari(golden, "made/up-v0")
         stored = minari.load_dataset("made/up-v0")
         part = from_minari(stored.filter_episodes(lambda episode: len(episode) < 3), storage="memmap")
@@ -208,6 +224,7 @@ class TestReuse:
         assert len(entries(cache)) == 2
 
     def test_changed_minari_dataset(self, golden: OfflineDataset) -> None:
+        minari = minari_with()
         to_minari(golden, "made/up-v0")
         assert from_minari("made/up-v0", storage="memmap").rewards[0] == 1
         minari.delete_dataset("made/up-v0")
@@ -434,6 +451,7 @@ class TestFolder:
         assert _storage.default_cache_dir() == tmp_path / ".cache" / "cql-plugins" / "datasets"
 
     def test_never_inside_the_source(self, golden: OfflineDataset, minari_home: Path) -> None:
+        minari_with()
         to_minari(golden, "made/up-v0")
         with pytest.raises(DatasetError, match=r"made/up-v0: expected a cache outside the data set's own folder"):
             from_minari("made/up-v0", storage="memmap", cache_dir=minari_home / "made" / "up-v0" / "cache")
@@ -445,7 +463,9 @@ class TestFolder:
 
     @pytest.mark.parametrize("reader", [from_npz, from_d4rl, from_minari])
     def test_refused(self, reader: Callable[..., Any], golden: OfflineDataset, tmp_path: Path, steps: dict[str, Any]) -> None:
-        to_minari(golden, "made/up-v0")
+        if reader is from_minari:
+            minari_with()
+            to_minari(golden, "made/up-v0")
         source = {from_npz: as_npz, from_d4rl: as_hdf5}.get(reader, lambda *_: "made/up-v0")(tmp_path / "data", steps)
         with pytest.raises(ValueError, match="storage must be 'memory' or 'memmap', got 'disk'"):
             reader(source, storage="disk")
