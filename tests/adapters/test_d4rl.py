@@ -4,12 +4,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
 
 from cql_plugins.adapters import DatasetError, OfflineDataset, from_d4rl
+
+h5py = pytest.importorskip("h5py")
 
 
 @pytest.fixture

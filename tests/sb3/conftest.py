@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +12,20 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from sb3_contrib import QRDQN, TQC
 from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from cql_plugins.adapters import OfflineDataset, from_arrays
 from cql_plugins.sb3.actor_critic import ConservativeActorCritic
+
+QUANTILES: tuple[type[BaseAlgorithm], ...] = ()
+"""Host classes with quantiles, and among them those of discrete actions; empty without sb3-contrib."""
+QUANTILES_OF_DISCRETE: tuple[type[BaseAlgorithm], ...] = ()
+if find_spec("sb3_contrib") is not None:
+    from sb3_contrib import QRDQN, TQC
+
+    QUANTILES, QUANTILES_OF_DISCRETE = (QRDQN, TQC), (QRDQN,)
 
 SIDE = 36
 """Height and width of images: the smallest that SB3's network takes."""
@@ -176,14 +184,14 @@ def tiny(model_class: type[BaseAlgorithm], form: str = "vector", **changes: Any)
     }
     if issubclass(model_class, ConservativeActorCritic):
         arguments["cql_n_actions"] = 2
-    if issubclass(model_class, (QRDQN, TQC)):
+    if issubclass(model_class, QUANTILES):
         arguments["policy_kwargs"].setdefault("n_quantiles", 5)
     return arguments | changes
 
 
 def build(model_class: type[Any], env: Any = None, form: str = "vector", policy: Any = None, **changes: Any) -> Any:
     """Make a small model on a corridor, or on the environment given."""
-    env = corridors(form=form, discrete=issubclass(model_class, (DQN, QRDQN))) if env is None else env
+    env = corridors(form=form, discrete=issubclass(model_class, (DQN, *QUANTILES_OF_DISCRETE))) if env is None else env
     return model_class(policy or POLICIES[form], env, **tiny(model_class, form, **changes))
 
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from sb3_contrib import QRDQN, TQC
 from stable_baselines3 import DQN, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
+
+pytest.importorskip("sb3_contrib")
+from sb3_contrib import QRDQN, TQC
 
 from cql_plugins import sb3
 from cql_plugins.sb3 import (

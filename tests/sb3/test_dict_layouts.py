@@ -73,6 +73,8 @@ class Layout(gym.Env[Any, Any]):
 
 def logged(name: str, n_episodes: int = 6) -> OfflineDataset:
     """Random actions, stored with Minari and read back."""
+    for module in ("minari", "h5py"):
+        pytest.importorskip(module)
     env = Layout(name)
     env.action_space.seed(1)
     observations, actions, rewards = [], [], []

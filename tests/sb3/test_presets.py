@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("sb3_contrib")
 from cql_plugins.sb3 import CQL, CQLQRDQN, CQLTQC, CalQL, CalQLQRDQN, CalQLTQC, DiscreteCQL
 from cql_plugins.sb3.presets import PRESETS, print_presets
 

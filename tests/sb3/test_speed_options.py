@@ -17,6 +17,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
+pytest.importorskip("sb3_contrib")
 from cql_plugins.sb3 import CQL, CQLQRDQN, CQLTQC, CalQL, CalQLQRDQN, CalQLTQC, DiscreteCalQL, DiscreteCQL
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import with_returns_to_go
