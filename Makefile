@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 FUZZ_ARGS ?= --jobs 2
+MATRIX_ARGS ?=
 # One process a core, each with one thread: the networks of the tests are too small to share.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8
 
@@ -15,7 +16,7 @@ DEV_EXTRAS := all,dev
 # `make quickstart` installs less than the tests need, but takes the full environment where there is one.
 RUN_STAMP := $(if $(wildcard $(VENV)/.dev),$(VENV)/.dev,$(VENV)/.quickstart)
 
-.PHONY: help venv test slow fuzz coverage lint types arrows wheel check format quickstart bench clean
+.PHONY: help venv test slow fuzz coverage lint types arrows wheel check matrix format quickstart bench clean
 
 help:
 	@echo "make quickstart  make data, train on it offline with SAC, CQL and Cal-QL, fine-tune online, draw the figure"
@@ -26,15 +27,16 @@ help:
 	@echo "make format      rewrite the code as the format check wants it"
 	@echo "make coverage    the default suite with branch coverage"
 	@echo "make bench       the speed measurements of benchmarks/"
+	@echo "make matrix      the suite on the lowest and highest versions allowed, and with each extra alone; takes hours"
 	@echo "make venv        the environment alone, in $(VENV)"
 	@echo "make clean       remove what the other targets made, the environment too"
 
 venv: $(VENV)/.dev
 
-# The pinned numpy has no build for Python 3.10, and pip's own message about that is hard to read.
+# pip's own message about requires-python is hard to read.
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "constraints.txt needs Python 3.11 or newer; choose one with: make PYTHON=python3.11 ..." >&2; exit 1; }
+		{ echo "cql-plugins needs Python 3.11 or newer; choose one with: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # torch goes first and alone: a build of it that is already at hand (a CPU wheel, say) then satisfies all the rest,
@@ -87,6 +89,10 @@ wheel: venv
 
 check: lint types arrows wheel test
 
+# Environments of its own, in .matrix; a second call goes on where the first was cut off.
+matrix: $(VENV)/bin/python
+	$(BIN)/python tests/matrix.py $(MATRIX_ARGS)
+
 quickstart: $(RUN_STAMP)
 	$(BIN)/python examples/quickstart.py
 
@@ -94,5 +100,5 @@ bench: venv
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .matrix build dist *.egg-info .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
