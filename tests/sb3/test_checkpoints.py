@@ -23,6 +23,7 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+pytest.importorskip("sb3_contrib")
 from cql_plugins._env_state import capture_state, restore_state
 from cql_plugins.adapters import OfflineDataset
 from cql_plugins.sb3 import (
