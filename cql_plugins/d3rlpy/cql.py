@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import d3rlpy
 from d3rlpy.algos.qlearning.torch.cql_impl import CQLImpl as HostCQLImpl
 from d3rlpy.algos.qlearning.torch.cql_impl import DiscreteCQLImpl as HostDiscreteCQLImpl
 from d3rlpy.base import DeviceArg
 from d3rlpy.types import Shape
-from typing_extensions import Self
 
 from cql_plugins import losses
 from cql_plugins.d3rlpy.impl import CQLImpl, DiscreteCQLImpl
