@@ -59,7 +59,7 @@ class Cell:
         python: Version of the interpreter, such as 3.11.
         extras: Extras of this package.
         resolution: `lowest-direct` or `highest`.
-        pins: Requirements on top, such as a gymnasium in the middle of its range.
+        pins: Constraints on top, such as a gymnasium in the middle of its range.
         constrained: Whether constraints.txt holds.
         tests: What pytest runs; the whole default suite where empty.
     """
@@ -178,8 +178,17 @@ def run_cell(cell: Cell, interpreter: str, folder: Path, tests: Sequence[str], k
         return {"state": f"{step} failed", "tail": tail}
 
     (work / "pins.txt").write_text("\n".join(cell.pins) + "\n", encoding="utf-8")
-    resolve = [binary, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "pyproject.toml", str(work / "pins.txt")]
-    resolve += ["--python", python, "--resolution", cell.resolution, "--only-binary", ":all:"]
+    resolve = [binary, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "pyproject.toml"]
+    resolve += [
+        "--constraint",
+        str(work / "pins.txt"),
+        "--python",
+        python,
+        "--resolution",
+        cell.resolution,
+        "--only-binary",
+        ":all:",
+    ]
     resolve += [option for name in SDIST_ONLY for option in ("--no-binary", name)]
     resolve += [option for extra in cell.extras for option in ("--extra", extra)]
     if cell.constrained:
@@ -308,6 +317,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cells with this in their name; repeatable")
     parser.add_argument("--again", action="store_true", help="run cells that have a record, too")
     parser.add_argument("--keep", action="store_true", help="leave the environments")
+    parser.add_argument("--report", action="store_true", help="run nothing, draw the records there are of this code")
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
     parser.add_argument("--out", type=Path, help="also write matrix_DATE.json and .md to this folder")
     parser.add_argument("tests", nargs="*", help="passed on to pytest, after `--`")
@@ -330,9 +340,12 @@ def main() -> int:
         kept = arguments.folder / "results" / f"{cell.name}.json"
         if kept.exists() and not arguments.again:
             record = json.loads(kept.read_text(encoding="utf-8"))
-            if record["code"] == code and record["tests"] == arguments.tests:
+            same = record["code"] == code and record["tests"] == arguments.tests
+            if same and ("passed" in record or arguments.report):  # what could not be installed is tried again
                 records.append(record)
                 continue
+        if arguments.report:
+            continue
         print(f"{cell.name} ...", end=" ", flush=True)
         record = run_cell(cell, pythons[cell.python], arguments.folder, arguments.tests, arguments.keep)
         record |= {
