@@ -294,6 +294,7 @@ class TestToMinari:
         assert list(minari.list_local_datasets()) == ["golden-v0"]
 
     def test_narrower_values_take_the_dtype_of_the_space(self, arguments: dict[str, Any]) -> None:
+        pytest.importorskip("pyarrow")
         arguments["observation_space"] = spaces.Box(-np.inf, np.inf, (2,), np.float64)
         to_minari(OfflineDataset(**arguments), "golden-v0", data_format="arrow")
         assert from_minari("golden-v0").observations.dtype == np.float64
