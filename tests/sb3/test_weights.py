@@ -128,7 +128,7 @@ class TestTheSameModel:
         assert host.differing(host.state(model), host.state(without))
         data = model.offline_buffer
         for one in (model, loaded, without):
-            set_random_seed(7)
+            one.set_random_seed(7)
             one.learn_offline(data, 4)
         assert host.differing(host.state(model), host.state(loaded)) == set()
         changed = host.differing(host.state(model), host.state(without))
@@ -176,9 +176,9 @@ class TestTheSameModel:
         for name in ("cql_clip_diff", "train_freq", "gradient_steps", "ent_coef", "target_entropy", "policy_kwargs", "use_sde"):
             assert getattr(loaded, name) == getattr(model, name)
         assert [loaded.lr_schedule(x) for x in (1.0, 0.5)] == [model.lr_schedule(x) for x in (1.0, 0.5)]
-        set_random_seed(3)
+        model.set_random_seed(3)
         model.learn_offline(model.offline_buffer, 3)
-        set_random_seed(3)
+        loaded.set_random_seed(3)
         loaded.learn_offline(model.offline_buffer, 3)
         assert host.differing(host.state(model), host.state(loaded)) == set()
 
