@@ -10,6 +10,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,9 @@ class MinariFiles:
         """List the fields that hold encoded images, with the shape of one."""
         if not self.metadata.get("jpeg_encoding", True):
             return []
-        from minari.dataset.minari_storage import is_image_space
-
+        is_image_space = getattr(import_module("minari.dataset.minari_storage"), "is_image_space", None)
+        if is_image_space is None:  # Before 0.5.3 Minari encodes none.
+            return []
         leaves = [leaf for field, space in space_of.items() for leaf in _space_leaves(space, field)]
         return [(name, tuple(leaf.shape or ())) for name, leaf in leaves if is_image_space(leaf)]
 

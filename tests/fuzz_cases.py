@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -610,7 +611,8 @@ class Minari:
 
     def __init__(self, base: Path, canary: Path, formats: tuple[str, ...]) -> None:
         self.canary = canary
-        self.formats = formats
+        storages = importlib.import_module("minari.dataset._storages").get_storage_keys()
+        self.formats = formats = tuple(each for each in formats if each in storages)
         self.home = base / "minari"
         os.environ["MINARI_DATASETS_PATH"] = str(self.home)
         with warnings.catch_warnings():
@@ -787,8 +789,10 @@ class Minari:
             pa.array([1] * n, pa.timestamp("s")),
         ]
         if data_format == "arrow":
-            columns.append(pa.RunEndEncodedArray.from_arrays(pa.array([n], pa.int32()), pa.array([1.0])))
-            columns.append(pa.ListViewArray.from_arrays([0] * n, [1000] * n, pa.array([0.0] * 1000)))
+            with contextlib.suppress(TypeError):  # Older ones cannot make one.
+                columns.append(pa.RunEndEncodedArray.from_arrays(pa.array([n], pa.int32()), pa.array([1.0])))
+            if hasattr(pa, "ListViewArray"):
+                columns.append(pa.ListViewArray.from_arrays([0] * n, [1000] * n, pa.array([0.0] * 1000)))
         choice = int(rng.integers(6))
         if choice == 0:
             table = table.drop_columns([name])
