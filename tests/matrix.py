@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -337,31 +338,44 @@ def main() -> int:
         return 0
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     records = []
-    for cell in chosen:
-        kept = arguments.folder / "results" / f"{cell.name}.json"
-        if kept.exists() and not arguments.again:
-            record = json.loads(kept.read_text(encoding="utf-8"))
-            same = record["code"] == code and record["tests"] == arguments.tests
-            if same and ("passed" in record or arguments.report):  # what could not be installed is tried again
-                records.append(record)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    with (arguments.folder / "lock").open("w", encoding="utf-8") as lock:
+        try:
+            if not arguments.report:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            parser.error(f"another run works in {arguments.folder}: wait for it, or give --folder another")
+        for cell in chosen:
+            kept = arguments.folder / "results" / f"{cell.name}.json"
+            if kept.exists() and not arguments.again:
+                record = json.loads(kept.read_text(encoding="utf-8"))
+                same = record["code"] == code and record["tests"] == arguments.tests
+                if same and ("passed" in record or arguments.report):  # what could not be installed is tried again
+                    records.append(record)
+                    continue
+            if arguments.report:
                 continue
-        if arguments.report:
-            continue
-        print(f"{cell.name} ...", end=" ", flush=True)
-        record = run_cell(cell, pythons[cell.python], arguments.folder, arguments.tests, arguments.keep)
-        record |= {
-            "code": code,
-            "commit": commit,
-            "tests": arguments.tests,
-            "date": datetime.date.today().isoformat(),
-            "platform": platform.platform(),
-        }
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(".part")
-        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(kept)
-        print(record["state"], f"({record['seconds']} s)", *record.get("failures", [])[:8], *record.get("tail", []), sep="\n  ")
-        records.append(record)
+            print(f"{cell.name} ...", end=" ", flush=True)
+            record = run_cell(cell, pythons[cell.python], arguments.folder, arguments.tests, arguments.keep)
+            record |= {
+                "code": code,
+                "commit": commit,
+                "tests": arguments.tests,
+                "date": datetime.date.today().isoformat(),
+                "platform": platform.platform(),
+            }
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = kept.with_suffix(".part")
+            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(kept)
+            print(
+                record["state"],
+                f"({record['seconds']} s)",
+                *record.get("failures", [])[:8],
+                *record.get("tail", []),
+                sep="\n  ",
+            )
+            records.append(record)
     drawn = table(records)
     print(drawn)
     if arguments.out is not None and records:

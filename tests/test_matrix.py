@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import sys
@@ -103,6 +104,19 @@ def test_goes_on_where_it_was_cut_off(
     (written,) = (tmp_path / "out").glob("*.json")
     assert [record["code"] for record in json.loads(written.read_text())] == ["two", "two"]
     assert written.with_suffix(".md").read_text().count("only-") == capsys.readouterr().out.count("| only-") / 3 == 2
+
+
+def test_one_run_at_a_time(
+    matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two would delete each other's environments."""
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--folder", str(tmp_path), "--python", "3.11", "--only", "nothing"])
+    with (tmp_path / "lock").open("w", encoding="utf-8") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            matrix.main()
+        assert "another run works in" in capsys.readouterr().err
+    assert matrix.main() == 0
 
 
 def test_a_pin_changes_the_fingerprint(matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
