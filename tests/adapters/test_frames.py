@@ -149,8 +149,9 @@ class TestArray:
             self.stacks()[0] = 0
         with pytest.raises(ValueError, match="read-only"):
             self.stacks().frames[0] = 0
-        with pytest.raises(ValueError, match="put together"):
-            np.array(self.stacks(), copy=False)
+        if hasattr(np, "trapezoid"):  # NumPy 2; before it copy=False asked for nothing
+            with pytest.raises(ValueError, match="put together"):
+                np.array(self.stacks(), copy=False)
 
     def test_pickle_and_deepcopy(self) -> None:
         part = self.stacks()[3:]
