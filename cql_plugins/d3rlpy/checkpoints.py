@@ -89,6 +89,7 @@ def save_checkpoint(
         The file.
 
     Raises:
+        NonFiniteError: If a parameter is not finite; older checkpoints are as they were.
         OSError: If the disk does not take it; older checkpoints and the training are as they were.
         TypeError: If the algorithm is not one of ours.
         ValueError: If its networks are not built.
@@ -98,6 +99,7 @@ def save_checkpoint(
         raise ValueError("The networks are not built yet, there is nothing to save. Call fit or create_impl first.")
     if unfitted := [name for name in _SCALERS if (scaler := getattr(algo.config, name)) is not None and not scaler.built]:
         raise ValueError(f"{' and '.join(unfitted)}: not fitted yet, and d3rlpy cannot write it so. Call fit first.")
+    algo._require_finite_parameters()
     run: Run | None = algo._run
     if run is not None and run.left_at is not None and run.left_at != algo.grad_step:
         run = None  # Trained further since.

@@ -336,9 +336,9 @@ def following(algo: Any, run: Run, call: inspect.BoundArguments) -> Iterator[_Lo
     try:
         with callback if hasattr(callback, "__enter__") else contextlib.nullcontext():
             yield loop
-    except NonFiniteError:
+    except NonFiniteError as error:
         algo._run = None  # The state is from before the step: of no point that the loop could go on from.
-        if (keep := getattr(callback, "keep_from_before", None)) is not None:
+        if error.is_usable and (keep := getattr(callback, "keep_from_before", None)) is not None:
             keep(algo)
         raise
     finally:

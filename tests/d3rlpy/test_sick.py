@@ -26,6 +26,7 @@ from cql_plugins.d3rlpy import (
     DiscreteCQLConfig,
     NonFiniteError,
     load_checkpoint,
+    save_checkpoint,
 )
 from cql_plugins.d3rlpy.online import OfflineOnlineReplayBuffer, ReturnsToGoReplayBuffer
 
@@ -273,11 +274,12 @@ def test_sick_parameters_are_not_saved(tmp_path: Path) -> None:
     algo.save(str(tmp_path / "algo.d3"))
     kept = (tmp_path / "algo.d3").read_bytes()
     algo.impl.modules.targ_q_funcs[1]._fc.bias.data[0] = np.nan
-    for save in (algo.save, algo.save_model):
+    for save in (algo.save, algo.save_model, lambda path: save_checkpoint(algo, f"{path}.zip")):
         with pytest.raises(NonFiniteError, match=r"After gradient step 3, .* not worth saving") as caught:
             save(str(tmp_path / "algo.d3"))
         assert (caught.value.tensor, caught.value.is_usable) == ("targ_q_funcs.1._fc.bias", False)
     assert (tmp_path / "algo.d3").read_bytes() == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["algo.d3"]
     with pytest.raises(NonFiniteError, match=r"targ_q_funcs\.1\._fc\.bias"):
         algo.update(data.sample_transition_batch(BATCH))
 
@@ -396,3 +398,14 @@ def test_a_run_with_checkpoints_keeps_the_state_from_before(config: Any, tmp_pat
     names = algo.impl.modules.q_funcs.state_dict()
     assert all(th.equal(value, found.impl.modules.q_funcs.state_dict()[name]) for name, value in names.items())
     assert all(value.isfinite().all() for value in names.values())
+
+
+def test_a_run_with_checkpoints_keeps_nothing_of_sick_parameters(tmp_path: Path) -> None:
+    data = data_for(CQLConfig)
+    algo = make(CQLConfig, data)
+    algo.impl.modules.q_funcs[0]._fc.bias.data[:] = np.nan
+    arguments = {"n_steps": 4, "n_steps_per_epoch": 4, "logger_adapter": NoopAdapterFactory(), "show_progress": False}
+    with pytest.raises(NonFiniteError, match="not worth saving") as caught:
+        algo.fit(data, callback=Checkpoints(tmp_path, every_steps=2), **arguments)
+    assert caught.value.__context__ is None, "told once"
+    assert not list(tmp_path.glob("*.zip"))
