@@ -558,6 +558,12 @@ def _read_space(name: str, document: Any) -> Any:
     try:
         if type_name == "Box":
             shape, dtype = values["shape"], np.dtype(values["dtype"])
+            if dtype.kind in "iu":  # NumPy 1 would wrap them around
+                limits = np.iinfo(dtype)
+                for side in ("low", "high"):
+                    given = np.asarray(values[side])
+                    if (given < limits.min).any() or (given > limits.max).any():
+                        raise OverflowError(f"{side} is outside the range of {dtype}")
             low, high = (
                 np.full(shape, values[side], dtype)
                 if not isinstance(values[side], list)
