@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -16,6 +18,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.her.goal_selection_strategy import GoalSelectionStrategy
@@ -114,10 +117,12 @@ def test_one_step_buffers_do_not_feed_an_n_step_model(algorithm: Any, host: Any,
 @ALGORITHMS
 def test_n_step_after_load(algorithm: Any, host: Any, dataset: Any, tmp_path: Path) -> None:
     # SB3 finds the buffer class that it chose itself and takes it for the user's; so it does with SAC.
+    # From some release on it says so.
+    says_so = "is ignored because a custom" in inspect.getsource(OffPolicyAlgorithm._setup_model)
     for model_class in (SAC, algorithm):
         model = host.build(model_class, n_steps=3)
         model.save(tmp_path / "model")
-        with pytest.warns(UserWarning, match="`n_steps=3` is ignored"):
+        with pytest.warns(UserWarning, match="`n_steps=3` is ignored") if says_so else contextlib.nullcontext():
             again = model_class.load(tmp_path / "model", env=host.corridors())
         assert isinstance(again.replay_buffer, NStepReplayBuffer)
         assert again.replay_buffer.n_steps == 3

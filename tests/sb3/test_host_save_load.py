@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import math
@@ -162,6 +163,8 @@ def test_the_actor_of_cql_starts_sac_and_back(algorithm: Any, host: Any) -> None
 
 
 def test_a_compiled_policy_is_saved(algorithm: Any, host: Any, tmp_path: Path) -> None:
+    if "_orig_mod" not in inspect.getsource(SAC.get_parameters):
+        pytest.skip("this Stable-Baselines3 saves a compiled policy under other names")
     model = host.build(algorithm)
     plain = host.state(model)
     model.policy = th.compile(model.policy, backend="eager")  # compiles nothing before its first call
