@@ -401,6 +401,7 @@ class TestWholeOrNotAtAll:
         assert len(entries(cache)) == 1
 
     def test_two_processes_read_one_minari_dataset(self, golden: OfflineDataset, cache: Path) -> None:
+        pytest.importorskip("minari")
         to_minari(golden, "made/up-v0")
         code = (
             "import sys; from cql_plugins.adapters import from_minari\n"

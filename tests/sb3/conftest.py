@@ -16,6 +16,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+import cql_plugins.sb3
 from cql_plugins.adapters import OfflineDataset, from_arrays
 from cql_plugins.sb3.actor_critic import ConservativeActorCritic
 
@@ -212,6 +213,33 @@ def state(model: Any) -> dict[str, th.Tensor]:
         if optimizer is not None:
             tensors |= {f"{owner}.{name}": value for name, value in _leaves(optimizer.state_dict())}
     return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+class _Missing(type):
+    """Of a stand-in for a class: a test that would use it is skipped."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        pytest.skip("sb3-contrib is not installed")
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        pytest.skip("sb3-contrib is not installed")
+
+
+def of_contrib(*names: str) -> list[Any]:
+    """Classes of `cql_plugins.sb3` whose host is in sb3-contrib."""
+    if find_spec("sb3_contrib") is None:
+        return [_Missing(name, (), {}) for name in names]
+    return [getattr(cql_plugins.sb3, name) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def needs_contrib(request: pytest.FixtureRequest) -> None:
+    """Skip a test with such a parameter before anything else looks at it."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and any(isinstance(value, _Missing) for value in callspec.params.values()):
+        pytest.skip("sb3-contrib is not installed")
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, th.Tensor]]:

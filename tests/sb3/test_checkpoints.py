@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,10 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-pytest.importorskip("sb3_contrib")
 from cql_plugins._env_state import capture_state, restore_state
 from cql_plugins.adapters import OfflineDataset
 from cql_plugins.sb3 import (
     CQL,
-    CQLQRDQN,
-    CQLTQC,
     CalQL,
     CheckpointError,
     Checkpoints,
@@ -39,7 +37,9 @@ from cql_plugins.sb3 import (
     load_checkpoint,
 )
 from cql_plugins.sb3.checkpoints import data_identity
-from tests.sb3.conftest import build, collect, corridors
+from tests.sb3.conftest import build, collect, corridors, of_contrib
+
+CQLQRDQN, CQLTQC = of_contrib("CQLQRDQN", "CQLTQC")
 
 Builder = Callable[[], Any]
 
@@ -291,9 +291,11 @@ def test_environments_in_other_processes_go_on_with_their_wrapper(tmp_path: Path
     def start(folder: str, callback: Any = None, wrapper: Any = ResumableEnv) -> Any:
         stir()
         run = Checkpoints(tmp_path / folder, save_freq=10)
-        env = make_vec_env(
-            "Pendulum-v1", 2, vec_env_cls=SubprocVecEnv, wrapper_class=wrapper, vec_env_kwargs={"start_method": "fork"}
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # Python 3.12 on
+            env = make_vec_env(
+                "Pendulum-v1", 2, vec_env_cls=SubprocVecEnv, wrapper_class=wrapper, vec_env_kwargs={"start_method": "fork"}
+            )
         try:
             return fingerprint(run.learn(run.resume(build(CQL, env, seed=1, learning_starts=5)), 40, callback=callback))
         finally:

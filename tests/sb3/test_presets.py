@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("sb3_contrib")
-from cql_plugins.sb3 import CQL, CQLQRDQN, CQLTQC, CalQL, CalQLQRDQN, CalQLTQC, DiscreteCQL
+from cql_plugins.sb3 import CQL, CalQL, DiscreteCQL
 from cql_plugins.sb3.presets import PRESETS, print_presets
+from tests.sb3.conftest import of_contrib
+
+CQLQRDQN, CQLTQC, CalQLQRDQN, CalQLTQC = of_contrib("CQLQRDQN", "CQLTQC", "CalQLQRDQN", "CalQLTQC")
 
 # Weight, threshold, max backup, smallest gap, actor's rate, networks of actor and critic, reward, normalised observations.
 TABLE: dict[str, tuple[Any, ...]] = {

@@ -17,14 +17,15 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
-pytest.importorskip("sb3_contrib")
-from cql_plugins.sb3 import CQL, CQLQRDQN, CQLTQC, CalQL, CalQLQRDQN, CalQLTQC, DiscreteCalQL, DiscreteCQL
+from cql_plugins.sb3 import CQL, CalQL, DiscreteCalQL, DiscreteCQL
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import with_returns_to_go
 from cql_plugins.sb3.captured import CapturedSteps, make_capturable, make_fused, portable_state
 from cql_plugins.sb3.device_data import DeviceData
 from cql_plugins.sb3.metrics import MetricsVector
+from tests.sb3.conftest import of_contrib
 
+CQLQRDQN, CQLTQC, CalQLQRDQN, CalQLTQC = of_contrib("CQLQRDQN", "CQLTQC", "CalQLQRDQN", "CalQLTQC")
 CONTINUOUS: list[Any] = [CQL, CalQL, CQLTQC, CalQLTQC]
 DISCRETE: list[Any] = [DiscreteCQL, DiscreteCalQL, CQLQRDQN, CalQLQRDQN]
 OBSERVATIONS = spaces.Box(-10, 10, (3,), np.float32)
