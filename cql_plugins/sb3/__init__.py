@@ -11,6 +11,13 @@ import_quietly()
 from cql_plugins._guards import NonFiniteError  # noqa: E402
 from cql_plugins.sb3.checkpoints import CheckpointError, Checkpoints, load_checkpoint  # noqa: E402
 from cql_plugins.sb3.cql import CQL, CalQL  # noqa: E402
+from cql_plugins.sb3.diagnostics import (  # noqa: E402
+    DiagnosticsCallback,
+    GapExpansion,
+    ValueBias,
+    gap_expansion,
+    value_bias,
+)
 from cql_plugins.sb3.dqn import DiscreteCalQL, DiscreteCQL  # noqa: E402
 from cql_plugins.sb3.weights import WeightsError, load_weights, save_weights  # noqa: E402
 from cql_plugins.sb3.wrappers import FlattenNestedObservation, ResumableEnv, ScaleReward  # noqa: E402
@@ -24,16 +31,21 @@ __all__ = [
     "CalQL",
     "CheckpointError",
     "Checkpoints",
+    "DiagnosticsCallback",
     "DiscreteCQL",
     "DiscreteCalQL",
     "FlattenNestedObservation",
+    "GapExpansion",
     "NonFiniteError",
     "ResumableEnv",
     "ScaleReward",
+    "ValueBias",
     "WeightsError",
+    "gap_expansion",
     "load_checkpoint",
     "load_weights",
     "save_weights",
+    "value_bias",
 ]
 
 _CONTRIB = {"CQLQRDQN": "qrdqn", "CalQLQRDQN": "qrdqn", "CQLTQC": "tqc", "CalQLTQC": "tqc"}
