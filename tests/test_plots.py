@@ -1,0 +1,124 @@
+"""The dashboard of a run: what is read from the logs, and where it is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cql_plugins.plots import plot_run
+
+pytest.importorskip("matplotlib")
+
+HEAD = "time/gradient_steps,time/total_timesteps,train/q_data,train/q_policy,train/cql_gap,eval/mean_reward,rollout/ep_rew_mean"
+OFFLINE = ["10,,1.0,2.0,5.0,,", ",15,,,,-3.0,", "20,,1.5,2.5,4.0,,"]
+ONLINE = [",8,1.75,2.75,nan,,-2.5", ",16,,,,-1.0,"]
+
+
+def write(folder: Path, *rows: str) -> Path:
+    folder.mkdir()
+    (folder / "progress.csv").write_text("\n".join([HEAD, *rows, ""]), encoding="utf-8")
+    return folder
+
+
+def curves(figure: Any) -> dict[str, list[tuple[list[float], list[float]]]]:
+    """Panel's title, then the points of its curves; lines across it left out."""
+    return {
+        axis.get_title(loc="left"): [
+            (list(map(float, line.get_xdata())), list(map(float, line.get_ydata())))
+            for line in axis.get_lines()
+            if line.get_linestyle() == "-" and len(set(line.get_xdata())) == len(line.get_xdata()) and line.get_linewidth() > 1
+        ]
+        for axis in figure.axes
+        if axis.get_visible()
+    }
+
+
+def switches(figure: Any) -> set[float]:
+    return {float(line.get_xdata()[0]) for axis in figure.axes for line in axis.get_lines() if line.get_linestyle() == "--"}
+
+
+def test_stable_baselines(tmp_path: Path) -> None:
+    figure = plot_run(write(tmp_path / "run", *OFFLINE, *ONLINE))
+    found = curves(figure)
+    assert found["return of an episode"] == [([15.0], [-3.0]), ([36.0], [-1.0]), ([28.0], [-2.5])]
+    assert found["Q, in units of the reward"] == [
+        ([10.0, 20.0], [1.0, 1.5]),
+        ([28.0], [1.75]),
+        ([10.0, 20.0], [2.0, 2.5]),
+        ([28.0], [2.75]),
+    ]
+    assert found["conservative gap"][0] == ([10.0, 20.0], [5.0, 4.0])
+    assert set(found) == {"return of an episode", "Q, in units of the reward", "conservative gap"}
+    assert switches(figure) == {20.0}
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert labels == ["data's actions", "policy's actions"], "once each, though they have two phases"
+    assert {axis.get_xlabel() for axis in figure.axes} == {"gradient steps, then environment steps"}
+
+
+def test_parts_of_a_run(tmp_path: Path) -> None:
+    """SB3 begins a file anew for each logger: two folders are drawn as one."""
+    whole = plot_run(write(tmp_path / "whole", *OFFLINE, *ONLINE))
+    parts = plot_run(write(tmp_path / "offline", *OFFLINE), write(tmp_path / "online", *ONLINE))
+    assert str(curves(parts)) == str(curves(whole)), "as text, since NaN is not NaN"
+    assert switches(parts) == {20.0}
+    alone = plot_run(tmp_path / "online")
+    assert not switches(alone)
+    assert {axis.get_xlabel() for axis in alone.axes} == {"environment steps"}
+    assert curves(alone)["return of an episode"] == [([16.0], [-1.0]), ([8.0], [-2.5])]
+
+
+def test_scores_come_before_returns(tmp_path: Path) -> None:
+    (tmp_path / "progress.csv").write_text(
+        "time/gradient_steps,eval/mean_reward,eval/normalized_score,eval/value_bias\n10,-3.0,50.0,-7.0\n", encoding="utf-8"
+    )
+    found = curves(plot_run(tmp_path))
+    assert found["normalised score"] == [([10.0], [50.0])]
+    assert found["start of an episode, in units of the reward"] == [([10.0], [-7.0])]
+    assert "return of an episode" not in found
+
+
+def test_d3rlpy(tmp_path: Path) -> None:
+    for folder, name, text in [
+        ("offline", "q_data", "1,100,2.5\n2,200,3.5\n"),
+        ("offline", "environment", "1,100,-9.0\n"),
+        ("online", "q_data", "1,50,4.5\n"),
+        ("online", "evaluation", "1,50,-8.0\n"),
+    ]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{name}.csv").write_text(text, encoding="utf-8")
+    figure = plot_run(tmp_path / "offline", tmp_path / "online")
+    assert curves(figure) == {
+        "return of an episode": [([100.0], [-9.0]), ([250.0], [-8.0])],
+        "Q, in units of the reward": [([100.0, 200.0], [2.5, 3.5]), ([250.0], [4.5])],
+    }
+    assert switches(figure) == {200.0}
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_files_and_themes(tmp_path: Path, suffix: str) -> None:
+    run = write(tmp_path / "run", *OFFLINE)
+    sizes = {}
+    for theme in ("light", "dark"):
+        path = tmp_path / f"{theme}.{suffix}"
+        figure = plot_run(run, path=path, title="Run", theme=theme)  # type: ignore[arg-type]
+        assert path.stat().st_size > 1000
+        sizes[theme] = path.read_bytes()
+        assert figure.get_suptitle() == "Run"
+    assert sizes["light"] != sizes["dark"]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="log_folders: expected at least one folder"):
+        plot_run()
+    with pytest.raises(ValueError, match="theme: expected one of light, dark, got 'pink'"):
+        plot_run(tmp_path, theme="pink")  # type: ignore[arg-type]
+    for missing in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match=r"expected SB3's progress.csv, from model.set_logger"):
+            plot_run(missing)
+    with pytest.raises(ValueError, match=r"nothing to draw in .* hold neither evaluations nor training metrics"):
+        plot_run(write(tmp_path / "empty"))
+    (tmp_path / "q_data.csv").write_text("1,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"q_data.csv, line 1: expected epoch, step and value, got \['1', '2'\]"):
+        plot_run(tmp_path)
