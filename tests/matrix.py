@@ -275,7 +275,8 @@ def versions(python: str, environment: dict[str, str]) -> dict[str, str]:
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Draw the records as a Markdown table, which reads well on a terminal, too."""
     short = {"stable-baselines3": "SB3"}
-    head = ["cell", "Python", *(short.get(name, name) for name in COLUMNS), "passed", "skipped", "failed", "seconds"]
+    named = [short.get(name, name) for name in COLUMNS]
+    head = ["cell", "Python", *named, "passed", "skipped", "failed", "seconds", "commit"]
     rows = [head, ["---"] * len(head)]
     for record in records:
         found = record.get("versions", {})
@@ -283,7 +284,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         counts = [str(record.get(name, "-")) for name in ("passed", "skipped", "failed")]
         if "passed" not in record:
             counts[0] = record["state"]
-        rows.append([*row, *counts, str(record["seconds"])])
+        rows.append([*row, *counts, str(record["seconds"]), record["commit"]])
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = []
     for row in rows:
@@ -320,7 +321,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cells with this in their name; repeatable")
     parser.add_argument("--again", action="store_true", help="run cells that have a record, too")
     parser.add_argument("--keep", action="store_true", help="leave the environments")
-    parser.add_argument("--report", action="store_true", help="run nothing, draw the records there are of this code")
+    parser.add_argument("--report", action="store_true", help="run nothing, draw the records there are, of whatever commit")
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
     parser.add_argument("--out", type=Path, help="also write matrix_DATE.json and .md to this folder")
     parser.add_argument("tests", nargs="*", help="passed on to pytest, after `--`")
@@ -351,7 +352,7 @@ def main() -> int:
             if kept.exists() and not arguments.again:
                 record = json.loads(kept.read_text(encoding="utf-8"))
                 same = record["code"] == code and record["tests"] == arguments.tests
-                if same and ("passed" in record or arguments.report):  # what could not be installed is tried again
+                if arguments.report or (same and "passed" in record):  # what could not be installed is tried again
                     records.append(record)
                     continue
             if arguments.report:

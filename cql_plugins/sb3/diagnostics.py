@@ -40,7 +40,7 @@ class ValueBias:
         tail: The largest weight ``gamma^k`` that what follows a time-out would have had in ``actual``, where nothing follows.
             With gamma 0.99 it is 0.37 after 100 steps and 4e-5 after 1,000: evaluate in an environment with a longer time
             limit where it is not small.
-        n_episodes: Episodes, each compared in its first state.
+        returns: Undiscounted return of each episode, before any normalisation of rewards where the environment has a monitor.
     """
 
     predicted: float
@@ -48,7 +48,7 @@ class ValueBias:
     entropy: float
     std_error: float
     tail: float
-    n_episodes: int
+    returns: tuple[float, ...]
 
     @property
     def bias(self) -> float:
@@ -275,7 +275,7 @@ class _Episodes:
             entropy=float(entropy.mean()),
             std_error=float((predicted - actual - entropy).std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"),
             tail=float(max((weight[-1] for episode, weight in pairs if episode.truncated), default=0.0)),
-            n_episodes=n,
+            returns=tuple(self.raw_returns),
         )
 
     def _discounted_entropy(self, episode: _Episode) -> float:

@@ -1,0 +1,333 @@
+"""The algorithms that are compared, each trained by its own package, behind one face: train, fine-tune, evaluate, save.
+
+An arm is a name and options in our words: ``cql``, ``cql:cql_alpha=20``, ``d3rlpy-iql``. Networks, batch size, discount and
+data are the task's for all of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from tasks import Task
+
+from cql_plugins.adapters import OfflineDataset
+from cql_plugins.sb3 import CQL, CalQL, DiscreteCalQL, DiscreteCQL, gap_expansion, value_bias
+from cql_plugins.sb3.offline import fill_normalization
+
+Point = dict[str, Any]
+"""What one evaluation found."""
+
+
+class Learner(Protocol):
+    """One algorithm on one task."""
+
+    def train(self, steps: int) -> None:
+        """Make offline gradient steps."""
+
+    def collect(self, steps: int) -> None:
+        """Make environment steps, with one gradient step each."""
+
+    def evaluate(self, n_episodes: int) -> Point:
+        """Play, and look at the critic."""
+
+    def save(self, folder: Path) -> None:
+        """Write what :meth:`load` goes on from."""
+
+    def load(self, folder: Path) -> None:
+        """Go on from there."""
+
+
+def parse(arm: str) -> tuple[str, dict[str, Any]]:
+    """Split an arm into its name and options."""
+    name, _, rest = arm.partition(":")
+    pairs = (item.partition("=") for item in rest.split(",") if item)
+    options = {}
+    for key, _, text in pairs:
+        try:
+            options[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return name, options
+
+
+def make(arm: str, task: Task, seed: int, precision: str) -> Learner:
+    """Make an arm's learner."""
+    name, options = parse(arm)
+    if name.startswith("d3rlpy-"):
+        return D3RLPyLearner(name.removeprefix("d3rlpy-"), task, seed, options)
+    if name == "sac":
+        return SACLearner(task, seed, options)
+    return SB3Learner(name, task, seed, {"precision": precision} | options)
+
+
+# Ours, and SB3's SAC ------------------------------------------------------------------------------------------------------
+
+
+def normalized(env: VecEnv, task: Task, training: bool) -> VecEnv:
+    return VecNormalize(env, training=training, norm_reward=False) if task.normalize_observations else env
+
+
+class SB3Learner:
+    """CQL or Cal-QL of this package, on SAC or DQN."""
+
+    def __init__(self, name: str, task: Task, seed: int, options: dict[str, Any]) -> None:
+        self.task, self.seed, self.dataset = task, seed, task.load()
+        self.env = normalized(make_vec_env(task.make_env, seed=seed), task, training=True)
+        self.eval_env = normalized(make_vec_env(task.make_env, seed=10_000 + seed), task, training=False)
+        floor = options.pop("floor", None)
+        classes: dict[str, Any] = (
+            {"cql": DiscreteCQL, "calql": DiscreteCalQL} if task.is_discrete else {"cql": CQL, "calql": CalQL}
+        )
+        if name not in classes:
+            raise SystemExit(f"No arm {name!r}: expected cql, calql, sac, d3rlpy-cql, d3rlpy-calql, d3rlpy-iql or d3rlpy-bc.")
+        settings = {"return_tail": task.return_tail} if name == "calql" else {}
+        settings |= task.common | {"gamma": task.gamma, "batch_size": task.batch_size, "learning_starts": 0} | options
+        if task.is_discrete:
+            settings = {"offline_target_update_interval": 200, "exploration_final_eps": 0.05, "train_freq": 1} | settings
+        nets = {"net_arch": list(task.net_arch)} | settings.pop("policy_kwargs", {})
+        self.model: Any = classes[name]("MlpPolicy", self.env, seed=seed, device="cpu", policy_kwargs=nets, **settings)
+        self.floor = floor
+        self.settings = settings
+
+    def _prepare(self) -> None:
+        self.model.set_offline_data(self.dataset)
+        if self.floor is not None and not hasattr(self, "_floored"):
+            self._floored = True
+            self.model.offline_buffer.returns_to_go += self.floor
+
+    def train(self, steps: int) -> None:
+        if self.floor is None:
+            self.model.learn_offline(self.dataset, steps, log_interval=0)
+            return
+        self._prepare()
+        self.model.learn_offline(self.model.offline_buffer, steps, log_interval=0)
+
+    def collect(self, steps: int) -> None:
+        self._prepare()
+        first = self.model._num_timesteps_online is None and self.model.num_timesteps == 0
+        self.model.learn(steps, reset_num_timesteps=first, log_interval=10**9)
+
+    def evaluate(self, n_episodes: int) -> Point:
+        if self.task.normalize_observations:
+            self.eval_env.obs_rms = self.env.obs_rms  # type: ignore[attr-defined]
+        bias = value_bias(self.model, self.eval_env, n_episodes, deterministic=True)
+        gap = gap_expansion(self.model, self._data())
+        bounded = self.model._metrics.pop().get("bound_rate") if hasattr(self.model, "_metrics") else None
+        return {
+            "returns": list(bias.returns),
+            **{name: getattr(bias, name) for name in ("predicted", "actual", "entropy", "tail")},
+            **{name: getattr(gap, name) for name in ("q_data", "q_policy", "q_random", "q_random_max")},
+            **({} if bounded is None else {"bound_rate": bounded}),
+        }
+
+    def _data(self) -> Any:
+        self._prepare()
+        return self.model.offline_buffer
+
+    def save(self, folder: Path) -> None:
+        self.model.save(folder / "model.zip")
+        if isinstance(self.env, VecNormalize):
+            self.env.save(str(folder / "normalization.pkl"))
+
+    def load(self, folder: Path) -> None:
+        if isinstance(self.env, VecNormalize):
+            self.env = VecNormalize.load(str(folder / "normalization.pkl"), self.env.venv)
+        self.model = type(self.model).load(folder / "model.zip", env=self.env, device="cpu")
+
+
+class SACLearner(SB3Learner):
+    """SB3's own SAC, its replay buffer filled with the data: what happens without conservatism."""
+
+    def __init__(self, task: Task, seed: int, options: dict[str, Any]) -> None:
+        self.task, self.seed, self.dataset, self.floor = task, seed, task.load(), None
+        self.env = normalized(make_vec_env(task.make_env, seed=seed), task, training=True)
+        self.eval_env = normalized(make_vec_env(task.make_env, seed=10_000 + seed), task, training=False)
+        self.settings = {"gamma": task.gamma, "batch_size": task.batch_size, **options}
+        rate = {"learning_rate": task.common["learning_rate"]} if "learning_rate" in task.common else {}
+        nets = {"net_arch": list(task.net_arch)}
+        self.model = SAC("MlpPolicy", self.env, seed=seed, device="cpu", policy_kwargs=nets, **rate, **self.settings)
+        self._fill()
+
+    def _fill(self) -> None:
+        self.model.set_logger(configure(None, []))
+        self.model.replay_buffer = self.dataset.to_sb3(self.model)
+        if isinstance(self.env, VecNormalize):
+            fill_normalization(self.env, self.model.replay_buffer)
+
+    def _data(self) -> Any:
+        return self.model.replay_buffer
+
+    def train(self, steps: int) -> None:
+        self.model.train(steps, self.task.batch_size)
+
+    def collect(self, steps: int) -> None:
+        raise SystemExit("sac: this arm is offline only.")
+
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        self._fill()
+
+
+# d3rlpy's own -------------------------------------------------------------------------------------------------------------
+
+
+class D3RLPyLearner:
+    """CQL, CalQL, IQL, BC and DoubleDQN of d3rlpy, with its own data set class, buffers and loops."""
+
+    def __init__(self, name: str, task: Task, seed: int, options: dict[str, Any]) -> None:
+        import logging
+
+        import structlog
+
+        import cql_plugins.d3rlpy  # noqa: F401  (imports d3rlpy without gym's notice)
+
+        import d3rlpy  # isort: skip
+
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+        self.d3rlpy: Any = d3rlpy
+        self.quiet = {"logger_adapter": d3rlpy.logging.NoopAdapterFactory(), "show_progress": False}
+        self.task, self.seed, self.name = task, seed, name
+        self.dataset = task.load()
+        self.data = as_mdp_dataset(self.dataset)
+        self.settings = options
+        d3rlpy.seed(seed)
+        self.algo = self._config(options).create(device="cpu")
+        self.algo.build_with_dataset(self.data)
+        self.env, self.eval_env = task.make_env(), task.make_env()
+        self.env.reset(seed=seed)
+        self.eval_env.reset(seed=10_000 + seed)
+
+    def _config(self, options: dict[str, Any]) -> Any:
+        algos, task = self.d3rlpy.algos, self.task
+        nets = self.d3rlpy.models.encoders.VectorEncoderFactory(list(task.net_arch))
+        scalers: dict[str, Any] = {}
+        if task.normalize_observations:
+            scalers["observation_scaler"] = self.d3rlpy.preprocessing.StandardObservationScaler()
+        if not task.is_discrete:
+            scalers["action_scaler"] = self.d3rlpy.preprocessing.MinMaxActionScaler()
+        shared = {"batch_size": task.batch_size, "gamma": task.gamma, **scalers, **options}
+        critic_lr = task.common.get("learning_rate", 3e-4)
+        if task.is_discrete:
+            configs = {"cql": algos.DiscreteCQLConfig, "dqn": algos.DoubleDQNConfig, "bc": algos.DiscreteBCConfig}
+            extra: dict[str, Any] = {"learning_rate": critic_lr, "encoder_factory": nets}
+            if self.name != "bc":
+                extra["target_update_interval"] = 200
+            if self.name == "cql":
+                extra["alpha"] = task.common["cql_alpha"]
+            if self.name == "bc":
+                shared.pop("gamma")
+            return configs[self.name](**extra, **shared)
+        if self.name == "bc":
+            shared.pop("gamma")
+            return algos.BCConfig(learning_rate=critic_lr, encoder_factory=nets, **shared)
+        actor_critic = {"actor_encoder_factory": nets, "critic_encoder_factory": nets}
+        if self.name == "iql":
+            rates = {"actor_learning_rate": critic_lr, "critic_learning_rate": critic_lr, "value_encoder_factory": nets}
+            return algos.IQLConfig(**actor_critic, **rates, **task.iql, **shared)
+        actor_lr = task.common.get("actor_learning_rate", 1e-4)
+        conservative = {
+            "actor_learning_rate": actor_lr,
+            "critic_learning_rate": critic_lr,
+            "temp_learning_rate": actor_lr,
+            "alpha_learning_rate": 0.0,
+            "conservative_weight": task.common["cql_alpha"],
+        }
+        configs = {"cql": algos.CQLConfig, "calql": algos.CalQLConfig}
+        return configs[self.name](**actor_critic, **conservative, **shared)
+
+    def train(self, steps: int) -> None:
+        self.algo.fit(self.data, n_steps=steps, n_steps_per_epoch=steps, save_interval=2, **self.quiet)
+
+    def collect(self, steps: int) -> None:
+        dataset = self.d3rlpy.dataset
+        start = 0
+        if not hasattr(self, "online"):
+            start = min(500, steps // 2)  # Its buffer has nothing to sample before the first episode has ended.
+            fifo = dataset.create_fifo_replay_buffer(limit=100_000, env=self.env)
+            self.online = dataset.MixedReplayBuffer(fifo, self.data, secondary_mix_ratio=0.5)
+        explorer = self.d3rlpy.algos.ConstantEpsilonGreedy(0.05) if self.task.is_discrete else None
+        self.algo.fit_online(
+            self.env,
+            self.online,
+            explorer,
+            n_steps=steps,
+            n_steps_per_epoch=steps,
+            update_start_step=start,
+            save_interval=2,
+            **self.quiet,
+        )
+
+    def evaluate(self, n_episodes: int) -> Point:
+        returns, actual, starts, actions = [], [], [], []
+        for _ in range(n_episodes):
+            observation, _ = self.eval_env.reset()
+            rewards: list[float] = []
+            over = False
+            while not over:
+                action = self.algo.predict(np.asarray(observation, np.float32)[None])[0]
+                if not rewards:
+                    starts.append(np.asarray(observation, np.float32))
+                    actions.append(action)
+                observation, reward, terminated, truncated, _ = self.eval_env.step(action)
+                rewards.append(float(reward))
+                over = terminated or truncated
+            returns.append(float(np.sum(rewards)))
+            actual.append(float(np.dot(rewards, self.task.gamma ** np.arange(len(rewards)))))
+        point: Point = {"returns": returns, "actual": float(np.mean(actual))}
+        if self.name != "bc":
+            point["predicted"] = float(self.algo.predict_value(np.stack(starts), np.stack(actions)).mean())
+            point |= self._values()
+        return point
+
+    def _values(self, n_states: int = 4096, n_actions: int = 10) -> Point:
+        rng, data = np.random.default_rng(0), self.dataset
+        rows = rng.integers(len(data), size=n_states)
+        observations = data.observations[data.observation_rows(rows)].astype(np.float32)
+        chosen = data.actions[rows]
+        values: Callable[..., Any] = self.algo.predict_value
+        found = {"q_data": float(values(observations, chosen.reshape(n_states, -1).astype(np.float32)).mean())}
+        space: Any = self.env.action_space
+        if isinstance(space, spaces.Discrete):
+            columns = [values(observations, np.full((n_states, 1), action)) for action in range(int(space.n))]
+            q_random = np.stack(columns, axis=1)
+            found["q_policy"] = float(q_random.max(axis=1).mean())
+        else:
+            uniform = rng.uniform(space.low, space.high, (n_states * n_actions, *space.shape)).astype(np.float32)
+            q_random = values(np.repeat(observations, n_actions, axis=0), uniform).reshape(n_states, n_actions)
+            drawn = self.algo.sample_action(observations) if self.name != "bc" else self.algo.predict(observations)
+            found["q_policy"] = float(values(observations, drawn).mean())
+        return found | {"q_random": float(q_random.mean()), "q_random_max": float(q_random.max(axis=1).mean())}
+
+    def save(self, folder: Path) -> None:
+        self.algo.save(os.fspath(folder / "model.d3"))
+
+    def load(self, folder: Path) -> None:
+        self.algo = self.d3rlpy.load_learnable(os.fspath(folder / "model.d3"), device="cpu")
+
+
+def as_mdp_dataset(dataset: OfflineDataset) -> Any:
+    """The data as d3rlpy's users would give them."""
+    from d3rlpy.constants import ActionSpace
+    from d3rlpy.dataset import MDPDataset
+
+    discrete = isinstance(dataset.action_space, spaces.Discrete)
+    ends = np.isin(np.arange(len(dataset)), dataset.offsets[1:] - 1)
+    return MDPDataset(
+        dataset.observations[dataset.observation_rows(np.arange(len(dataset)))].astype(np.float32),
+        dataset.actions if discrete else dataset.actions.astype(np.float32),
+        dataset.rewards.astype(np.float32),
+        dataset.terminations.astype(np.float32),
+        (ends & ~dataset.terminations).astype(np.float32),
+        action_space=ActionSpace.DISCRETE if discrete else ActionSpace.CONTINUOUS,
+        action_size=int(dataset.action_space.n) if discrete else None,  # type: ignore[attr-defined]
+    )
