@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -22,6 +23,7 @@ from tasks import Task
 
 from cql_plugins.adapters import OfflineDataset
 from cql_plugins.sb3 import CQL, CalQL, DiscreteCalQL, DiscreteCQL, gap_expansion, value_bias
+from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.offline import fill_normalization
 
 Point = dict[str, Any]
@@ -77,6 +79,30 @@ def normalized(env: VecEnv, task: Task, training: bool) -> VecEnv:
     return VecNormalize(env, training=training, norm_reward=False) if task.normalize_observations else env
 
 
+class KeepBoundRate(BaseCallback):
+    """Read a mean of the phase before its last log line takes it away."""
+
+    value: float | None = None
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self.model._record_metrics()  # type: ignore[attr-defined]
+        self.value = self.logger.name_to_value.get("train/bound_rate")
+
+
+class FlooredCalQL(CalQL):
+    """Cal-QL with returns-to-go that are higher than they were: what if the floor is above the true values?"""
+
+    floor = 0.0
+
+    def sample_batch(self, batch_size: int) -> Batch:
+        batch = super().sample_batch(batch_size)
+        assert batch.returns_to_go is not None
+        return batch._replace(returns_to_go=batch.returns_to_go + self.floor)
+
+
 class SB3Learner:
     """CQL or Cal-QL of this package, on SAC or DQN."""
 
@@ -84,7 +110,7 @@ class SB3Learner:
         self.task, self.seed, self.dataset = task, seed, task.load()
         self.env = normalized(make_vec_env(task.make_env, seed=seed), task, training=True)
         self.eval_env = normalized(make_vec_env(task.make_env, seed=10_000 + seed), task, training=False)
-        floor = options.pop("floor", None)
+        floor = options.pop("floor", 0.0)
         classes: dict[str, Any] = (
             {"cql": DiscreteCQL, "calql": DiscreteCalQL} if task.is_discrete else {"cql": CQL, "calql": CalQL}
         )
@@ -95,43 +121,34 @@ class SB3Learner:
         if task.is_discrete:
             settings = {"offline_target_update_interval": 200, "exploration_final_eps": 0.05, "train_freq": 1} | settings
         nets = {"net_arch": list(task.net_arch)} | settings.pop("policy_kwargs", {})
-        self.model: Any = classes[name]("MlpPolicy", self.env, seed=seed, device="cpu", policy_kwargs=nets, **settings)
-        self.floor = floor
-        self.settings = settings
-
-    def _prepare(self) -> None:
-        self.model.set_offline_data(self.dataset)
-        if self.floor is not None and not hasattr(self, "_floored"):
-            self._floored = True
-            self.model.offline_buffer.returns_to_go += self.floor
+        algorithm = FlooredCalQL if floor else classes[name]
+        self.model: Any = algorithm("MlpPolicy", self.env, seed=seed, device="cpu", policy_kwargs=nets, **settings)
+        if floor:
+            self.model.floor = floor
+        self.settings, self.kept = settings | {"floor": floor}, KeepBoundRate()
 
     def train(self, steps: int) -> None:
-        if self.floor is None:
-            self.model.learn_offline(self.dataset, steps, log_interval=0)
-            return
-        self._prepare()
-        self.model.learn_offline(self.model.offline_buffer, steps, log_interval=0)
+        self.model.learn_offline(self.dataset, steps, callback=self.kept, log_interval=0)
 
     def collect(self, steps: int) -> None:
-        self._prepare()
+        self.model.set_offline_data(self.dataset)
         first = self.model._num_timesteps_online is None and self.model.num_timesteps == 0
-        self.model.learn(steps, reset_num_timesteps=first, log_interval=10**9)
+        self.model.learn(steps, callback=self.kept, reset_num_timesteps=first, log_interval=10**9)
 
     def evaluate(self, n_episodes: int) -> Point:
         if self.task.normalize_observations:
             self.eval_env.obs_rms = self.env.obs_rms  # type: ignore[attr-defined]
         bias = value_bias(self.model, self.eval_env, n_episodes, deterministic=True)
         gap = gap_expansion(self.model, self._data())
-        bounded = self.model._metrics.pop().get("bound_rate") if hasattr(self.model, "_metrics") else None
         return {
             "returns": list(bias.returns),
             **{name: getattr(bias, name) for name in ("predicted", "actual", "entropy", "tail")},
             **{name: getattr(gap, name) for name in ("q_data", "q_policy", "q_random", "q_random_max")},
-            **({} if bounded is None else {"bound_rate": bounded}),
+            **({} if self.kept.value is None else {"bound_rate": float(self.kept.value)}),
         }
 
     def _data(self) -> Any:
-        self._prepare()
+        self.model.set_offline_data(self.dataset)
         return self.model.offline_buffer
 
     def save(self, folder: Path) -> None:
@@ -149,7 +166,7 @@ class SACLearner(SB3Learner):
     """SB3's own SAC, its replay buffer filled with the data: what happens without conservatism."""
 
     def __init__(self, task: Task, seed: int, options: dict[str, Any]) -> None:
-        self.task, self.seed, self.dataset, self.floor = task, seed, task.load(), None
+        self.task, self.seed, self.dataset, self.kept = task, seed, task.load(), KeepBoundRate()
         self.env = normalized(make_vec_env(task.make_env, seed=seed), task, training=True)
         self.eval_env = normalized(make_vec_env(task.make_env, seed=10_000 + seed), task, training=False)
         self.settings = {"gamma": task.gamma, "batch_size": task.batch_size, **options}

@@ -1,0 +1,121 @@
+"""`benchmarks/learning.py`: a finished cell is not run again, a killed one goes on from its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("stable_baselines3")
+pytest.importorskip("cql_plugins.d3rlpy", exc_type=ImportError)
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def learning(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import learning
+
+    return learning
+
+
+def run(tmp_path: Path, *more: str, fraction: float = 0.002, check: bool = True) -> subprocess.CompletedProcess[str]:
+    folders = ["--results", str(tmp_path / "results"), "--checkpoints", str(tmp_path / "runs")]
+    command = [sys.executable, str(BENCHMARKS / "learning.py"), "cartpole", "--fraction", str(fraction), "--jobs", "1"]
+    return subprocess.run([*command, *folders, *more], capture_output=True, text=True, check=check)
+
+
+def read(tmp_path: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((tmp_path / "results").glob("*/*.json"))}
+
+
+def test_a_killed_cell_goes_on(learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import learners
+    from tasks import TASKS
+
+    task = TASKS["cartpole"].cut(0.002)
+    assert (task.steps, task.eval_every, task.online_steps) == (20, 2, 10)
+    cell = learning.Cell("cartpole", "calql", 0, True, "f32", tmp_path / "results", tmp_path / "runs", 0.002)
+    train, trained = learners.SB3Learner.train, []
+
+    def counting(self: Any, steps: int) -> None:
+        trained.append(steps)
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        train(self, steps)
+
+    monkeypatch.setattr(learners.SB3Learner, "train", counting)
+    with pytest.raises(KeyboardInterrupt):
+        learning.run_cell(cell)
+    cut = cell.read()
+    assert [point["step"] for point in cut["offline"]] == [2, 4, 6]
+    assert not cell.finished
+    assert [path.name for path in cell.checkpoint_path.iterdir()] == [cut["checkpoint"]] == ["00000006"]
+    learning.run_cell(cell)
+    found = cell.read()
+    assert cell.finished
+    assert found["offline"][:3] == cut["offline"], "what was measured stays"
+    assert [point["step"] for point in found["offline"]] == list(range(2, 21, 2))
+    assert trained == [2] * 11, "three, the one cut short, and the seven that were missing"
+    assert [point["step"] for point in found["online"]] == [0, 2, 4, 6, 8, 10]
+    assert all(len(point["returns"]) == task.eval_episodes for point in found["offline"] + found["online"])
+    assert {"predicted", "actual", "q_data", "q_random", "score", "bound_rate"} <= set(found["offline"][-1])
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    only = ["--seeds", "0", "--only", "d3rlpy-bc"]
+    assert run(tmp_path, *only, "--list").stdout == "cartpole/d3rlpy-bc_seed0: 0 gradient steps\n"
+    first = run(tmp_path, *only)
+    assert "1 cells, 0 finished before\n[1/1] cartpole/d3rlpy-bc_seed0: score " in first.stdout
+    before = read(tmp_path)
+    assert list(before) == ["d3rlpy-bc_seed0"]
+    assert "predicted" not in before["d3rlpy-bc_seed0"]["offline"][-1], "behaviour cloning has no values"
+    assert run(tmp_path, *only).stdout == "1 cells, 1 finished before\n"
+    assert read(tmp_path) == before
+    assert run(tmp_path, *only, "--list").stdout == "cartpole/d3rlpy-bc_seed0: finished\n"
+
+
+def test_a_cell_that_fails_says_so_and_the_others_run(tmp_path: Path, learning: ModuleType) -> None:
+    cell = learning.Cell("cartpole", "d3rlpy-iql", 0, False, "f32", tmp_path / "results", tmp_path / "runs", 0.002)
+    other = learning.Cell("cartpole", "d3rlpy-bc", 0, False, "f32", tmp_path / "results", tmp_path / "runs", 0.002)
+    outcomes = {done.arm: error for done, error in learning.run_locally([cell, other], 2)}
+    assert isinstance(outcomes["d3rlpy-iql"], KeyError), "d3rlpy has no discrete IQL"
+    assert outcomes["d3rlpy-bc"] is None
+    assert other.finished
+
+
+def test_arms(learning: ModuleType) -> None:
+    from learners import parse
+    from tasks import TASKS
+
+    assert parse("cql") == ("cql", {})
+    assert parse("cql:cql_alpha=20,cql_variant=rho") == ("cql", {"cql_alpha": 20, "cql_variant": "rho"})
+    for name, grid in learning.GRIDS.items():
+        assert grid.task in TASKS, name
+        assert set(grid.online) <= set(grid.arms), name
+
+
+@pytest.mark.parametrize("arm", ["cql", "calql:floor=5.0", "sac", "d3rlpy-cql", "d3rlpy-calql", "d3rlpy-iql", "d3rlpy-bc"])
+def test_every_arm_goes_on_from_its_checkpoint(arm: str, learning: ModuleType, tmp_path: Path) -> None:
+    import learners
+    from tasks import TASKS
+
+    task = TASKS["pendulum"]
+    learner = learners.make(arm, task, 0, "f32")
+    learner.train(2)
+    learner.save(tmp_path)
+    found = learner.evaluate(1)
+    again = learners.make(arm, task, 0, "f32")
+    again.load(tmp_path)
+    other = again.evaluate(1)
+    assert {key: other[key] for key in ("q_data", "returns") if key in other} == {
+        key: found[key] for key in ("q_data", "returns") if key in found
+    }
+    again.train(2)
+    assert again.evaluate(1)["returns"] != found["returns"], "it learns on"
