@@ -27,10 +27,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import cql_plugins.sb3 as room
-from cql_plugins.sb3 import CQL, CQLQRDQN, CQLTQC, CalQL, DiscreteCQL, WeightsError, load_weights, save_weights
+from cql_plugins.sb3 import CQL, CalQL, DiscreteCQL, WeightsError, load_weights, save_weights
 from cql_plugins.sb3.weights import _ALGORITHMS, _OPTIONS, _arguments
+from tests.sb3.conftest import of_contrib
 
-CLASSES = [getattr(room, name) for name in _ALGORITHMS]
+CQLQRDQN, CQLTQC = of_contrib("CQLQRDQN", "CQLTQC")
+CLASSES = [of_contrib(name)[0] if name in room._CONTRIB else getattr(room, name) for name in _ALGORITHMS]
 by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
