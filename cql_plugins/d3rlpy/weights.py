@@ -222,6 +222,8 @@ def _fields(config: type[Any]) -> dict[str, Kind]:
 def _kind_of(name: str, hint: Any) -> Kind:
     """The kind that a type hint of d3rlpy's configs stands for."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hasattr(origin, "__value__"):  # a `type` statement's name, such as NumPy's NDArray from 2.5 on
+        return _kind_of(name, origin.__value__[inner])
     if hint is bool:
         return FLAG
     if hint is int:

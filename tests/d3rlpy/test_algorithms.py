@@ -285,6 +285,7 @@ class TestHostTopics:
 
 class TestSavedPolicies:
     @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # d3rlpy's way of saving
+    @pytest.mark.filterwarnings("ignore:`torch.jit.*` is not supported in Python 3.14:FutureWarning")
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # its scalers check shapes
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
     @pytest.mark.parametrize("config", [CQLConfig, DiscreteCalQLConfig])

@@ -6,7 +6,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import d3rlpy
 import numpy as np
@@ -17,6 +17,7 @@ from d3rlpy.dataset import Transition, TransitionMiniBatch
 pytest.importorskip("safetensors")
 from safetensors import safe_open
 from safetensors.torch import save_file
+from typing_extensions import TypeAliasType
 
 from cql_plugins.d3rlpy import (
     CalQLConfig,
@@ -27,6 +28,7 @@ from cql_plugins.d3rlpy import (
     load_weights,
     save_weights,
 )
+from cql_plugins.d3rlpy.weights import _kind_of
 
 ACTION, BATCH, VECTOR, IMAGE = 2, 8, (5,), (3, 36, 36)
 DISCRETE = (DiscreteCQLConfig, DiscreteCalQLConfig)
@@ -397,3 +399,16 @@ class TestStrangersFiles:
         forged = forge(saved, lambda document, _: document.update(framework="sb3"))
         with pytest.raises(WeightsError, match=r"cql_plugins.sb3.load_weights; cql_plugins.adapters.to_d3rlpy_model"):
             load_weights(forged)
+
+
+def test_arrays_behind_a_named_type() -> None:
+    """NumPy 2.5 makes its NDArray with a `type` statement."""
+    item = TypeVar("item")
+    alias = TypeAliasType("alias", np.ndarray[Any, np.dtype[item]], type_params=(item,))  # type: ignore[type-var]
+    for hint in (alias[Any], np.ndarray[Any, Any]):
+        kind = _kind_of("mean", hint)
+        assert kind.read([[1.5, 2.0], [3.0, 4.0]]) == [[1.5, 2.0], [3.0, 4.0]]
+        with pytest.raises(ValueError, match="a text"):
+            kind.read("a text")
+    with pytest.raises(TypeError, match=r"mean has the type .*, which the weights' format has no form for"):
+        _kind_of("mean", TypeAliasType("other", dict[str, item], type_params=(item,))[int])
