@@ -68,6 +68,11 @@ GRIDS = {
 }
 
 
+def cell_name(arm: str, seed: int) -> str:
+    """Name a run's file."""
+    return re.sub(r"[^A-Za-z0-9.=_-]+", "_", arm) + f"_seed{seed}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run."""
@@ -84,7 +89,7 @@ class Cell:
     @property
     def name(self) -> str:
         """What its file is called."""
-        return re.sub(r"[^A-Za-z0-9.=_-]+", "_", self.arm) + f"_seed{self.seed}"
+        return cell_name(self.arm, self.seed)
 
     @property
     def result_path(self) -> Path:
