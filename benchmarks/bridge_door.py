@@ -19,7 +19,7 @@ import structlog
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from train import load_minari, make_door
+from tasks import load_minari, make_door
 
 from cql_plugins.adapters import to_d3rlpy, to_d3rlpy_model, to_sb3_model
 from cql_plugins.d3rlpy import CalQLConfig

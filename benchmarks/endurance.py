@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch as th
+from tasks import play
 
-from cql_plugins.adapters import OfflineDataset, from_arrays, to_d3rlpy
+from cql_plugins.adapters import OfflineDataset, to_d3rlpy
 from cql_plugins.sb3 import CalQL, DiscreteCalQL
 
 Train = Callable[[int], object]
@@ -30,28 +30,9 @@ BATCH = 16
 NETS = [32, 32]
 
 
-def collect(env_id: str, steps: int = 2000) -> OfflineDataset:
-    """Random actions, whole episodes and a last one that is cut off."""
-    env = gym.make(env_id)
-    env.action_space.seed(0)
-    rows = []
-    observation, _ = env.reset(seed=0)
-    for step in range(steps):
-        action = env.action_space.sample()
-        following, reward, terminated, truncated, _ = env.step(action)
-        rows.append((observation, action, reward, terminated, truncated or step == steps - 1, following))
-        observation = env.reset()[0] if terminated or truncated else following
-    before, actions, rewards, terminations, truncations, after = (np.stack(column) for column in zip(*rows, strict=True))
-    return from_arrays(
-        before,
-        actions,
-        rewards,
-        terminations,
-        truncations & ~terminations,
-        next_observations=after,
-        observation_space=env.observation_space,
-        action_space=env.action_space,
-    )
+def collect(env_id: str, n_episodes: int) -> OfflineDataset:
+    """Random actions."""
+    return play(lambda: gym.make(env_id), lambda observation: None, (1.0,), n_episodes, 0, env_id)
 
 
 def sb3(algorithm: Any, dataset: OfflineDataset, **options: Any) -> Train:
@@ -84,10 +65,10 @@ def d3rlpy_calql(dataset: OfflineDataset) -> Train:
     return lambda updates: model.fit(data, updates, updates, logger_adapter=silent, show_progress=False)
 
 
-ALGORITHMS: dict[str, tuple[str, Callable[[OfflineDataset], Train]]] = {
-    "DiscreteCalQL": ("CartPole-v1", lambda data: sb3(DiscreteCalQL, data)),
-    "CalQL": ("Pendulum-v1", lambda data: sb3(CalQL, data, cql_n_actions=2, return_tail="bootstrap")),
-    "d3rlpy-CalQL": ("Pendulum-v1", d3rlpy_calql),
+ALGORITHMS: dict[str, tuple[str, int, Callable[[OfflineDataset], Train]]] = {
+    "DiscreteCalQL": ("CartPole-v1", 100, lambda data: sb3(DiscreteCalQL, data)),
+    "CalQL": ("Pendulum-v1", 10, lambda data: sb3(CalQL, data, cql_n_actions=2, return_tail="bootstrap")),
+    "d3rlpy-CalQL": ("Pendulum-v1", 10, d3rlpy_calql),
 }
 
 
@@ -116,8 +97,8 @@ def main() -> None:
     if blocks == 0:
         parser.error(f"--updates {arguments.updates}: expected at least ten times --block {arguments.block}")
     for name in arguments.algorithm:
-        env_id, make = ALGORITHMS[name]
-        dataset = collect(env_id)
+        env_id, n_episodes, make = ALGORITHMS[name]
+        dataset = collect(env_id, n_episodes)
         old = make(dataset)
         spent(old, 100)  # what is set up once
         print(f"{name}: updates, resident MiB, ms an update, by a fresh model's [quartiles]")

@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -136,12 +135,6 @@ def write(path: Path, result: dict[str, Any]) -> None:
     beside.replace(path)
 
 
-def commit() -> str:
-    """The commit that ran, marked where the work tree differs."""
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
 def run_cell(cell: Cell) -> str:
     """Train one cell to its end; returns its name."""
     sys.path.insert(0, str(ROOT / "benchmarks"))  # where another process or machine runs it
@@ -154,6 +147,7 @@ def run_cell(cell: Cell) -> str:
     import cql_plugins.sb3  # noqa: F401, I001  (first: it imports SB3 without gym's notice)
     import learners
     from tasks import TASKS
+    from train import commit
 
     task = TASKS[cell.task].cut(cell.fraction)
     learner = learners.make(cell.arm, task, cell.seed, cell.precision)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import platform
 import subprocess
 import time
@@ -27,44 +26,16 @@ import torch as th
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from tasks import ROOT, load_minari, make_door, medium_expert
 
-from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari
+from cql_plugins.adapters import OfflineDataset
 from cql_plugins.ensembles import PRECISIONS
 from cql_plugins.sb3 import CQL, CQLTQC, CalQL
 from cql_plugins.sb3.actor_critic import ConservativeActorCritic
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("CQL_PLUGINS_DATA", ROOT.parent / "shared" / "data"))
 ALGORITHMS: dict[str, type[ConservativeActorCritic]] = {"cql": CQL, "calql": CalQL, "cqltqc": CQLTQC, "tqc": CQLTQC}
 # Without conservatism ours are their hosts, number for number.
 AS_HOST: dict[str, Any] = {"cql_alpha": 0.0, "backup_entropy": True, "actor_learning_rate": None}
-
-
-class D4RLDoorReward(gym.Wrapper[Any, Any, Any, Any]):
-    """Give AdroitHandDoor the reward of D4RL: gymnasium-robotics adds the hand's distance instead of subtracting it."""
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step, and turn the sign of the distance term."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, float(reward) - 0.2 * float(np.linalg.norm(observation[35:38])), terminated, truncated, info
-
-
-def make_door() -> gym.Env[Any, Any]:
-    """AdroitHandDoor as D4RL rewards it."""
-    import gymnasium_robotics
-
-    gym.register_envs(gymnasium_robotics)
-    return D4RLDoorReward(gym.make("AdroitHandDoor-v1"))
-
-
-def load_minari(name: str) -> Callable[[], OfflineDataset]:
-    """Return a reader of a Minari set of the shared data."""
-
-    def read() -> OfflineDataset:
-        os.environ.setdefault("MINARI_DATASETS_PATH", str(DATA / "minari"))
-        return from_minari(name)
-
-    return read
 
 
 @dataclass(frozen=True)
@@ -86,7 +57,7 @@ TASKS = {
         arguments={"cql_alpha": 5.0, "policy_kwargs": {"net_arch": [256, 256]}},
     ),
     "halfcheetah-medium-expert": Task(
-        lambda: from_d4rl(DATA / "d4rl" / "halfcheetah-medium-expert.hdf5"),
+        medium_expert,
         lambda: gym.make("HalfCheetah-v5"),
         "halfcheetah",
         arguments={"cql_alpha": 5.0, "policy_kwargs": {"net_arch": [256, 256]}},
