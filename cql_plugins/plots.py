@@ -68,10 +68,11 @@ PANELS = (
         (
             Line("predicted", ("eval/predicted_return",), "policy"),
             Line("discounted return", ("eval/discounted_return",), "data"),
-            Line("predicted minus real", ("eval/value_bias",), "random"),
+            Line("predicted minus real", ("eval/value_bias", "value_bias"), "random"),
         ),
         zero=True,
     ),
+    Panel("Q of the data's actions minus uniform ones'", (Line("gap", ("eval/q_gap", "q_gap"), "data"),), zero=True),
     Panel(
         "best of uniform actions minus data's, Q",
         (Line("delta", ("eval/q_random_max_minus_data",), "data"),),
