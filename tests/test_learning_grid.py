@@ -119,3 +119,31 @@ def test_every_arm_goes_on_from_its_checkpoint(arm: str, learning: ModuleType, t
     }
     again.train(2)
     assert again.evaluate(1)["returns"] != found["returns"], "it learns on"
+
+
+def test_verdicts(learning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import claims
+
+    def interval(values: list[float], of: str) -> tuple[float, float, float]:
+        return sum(values) / len(values), min(values), max(values)
+
+    monkeypatch.setattr(claims, "interval", interval)
+
+    def verdict(values: list[float], against: list[float] | None = None, **options: Any) -> tuple[str, str, int]:
+        arms = {"a": values, "b": against or []}
+        found = {arm: [{"seed": seed, "x": x} for seed, x in enumerate(column)] for arm, column in arms.items()}
+        other = "b" if against else None
+        return claims.Claim("", "", "", "a", lambda run: run["x"], "u", against=other, **options).decide(found)
+
+    assert verdict([1.0, 2.0]) == ("holds", "1.50 [1.00, 2.00] u", 2)
+    assert verdict([1.0, 2.0], positive=False)[0] == "does not hold"
+    assert verdict([-1.0, -2.0], positive=False)[0] == "holds"
+    assert verdict([-1.0, 2.0])[0] == verdict([-1.0, 2.0], positive=False)[0] == "undecided"
+    assert verdict([1.0])[::2] == ("not run", 1)
+    assert verdict([5.0, 5.0, 9.0], [1.0, 2.0]) == ("holds", "3.50 [3.00, 4.00] u", 2), "seeds that both have"
+    assert verdict([-4.0, 1.0], margin=5.0)[0] == "holds"
+    assert verdict([-6.0, 1.0], margin=5.0)[0] == "undecided"
+    assert verdict([-6.0, -7.0], margin=5.0)[0] == "does not hold"
+    arms = {arm for grid in learning.GRIDS.values() for arm in grid.arms}
+    for claim in claims.claims():
+        assert {claim.arm, claim.against or claim.arm} <= arms, claim.text

@@ -1,0 +1,221 @@
+"""Decide the papers' claims on what `learning.py` found: holds, does not hold, or undecided, each with figure and interval.
+
+    python benchmarks/learning.py pendulum pendulum-weight pendulum-variants pendulum-reference cartpole halfcheetah-replay
+    python benchmarks/claims.py
+
+A claim is a difference between arms of the same seed (or a mean over seeds) with the side of 0 on which it should lie. It
+*holds* where the 95 % interval of the mean lies there, *does not hold* where it lies on the other side, and is *undecided*
+where 0 is inside. A claim of no harm holds where the interval lies above minus a margin. Writes ``results/learning/claims.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from learning import GRIDS, RESULTS, WEIGHTS, Grid
+from report import bias, interval, read
+
+Runs = dict[str, list[dict[str, Any]]]
+Quantity = Callable[[dict[str, Any]], float]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One comparison.
+
+    Attributes:
+        source: Where the claim is from.
+        text: What it says.
+        task: On what.
+        arm: Whose quantity.
+        against: From which this arm's is subtracted, if any.
+        quantity: Of one run.
+        unit: Of the figure.
+        positive: Whether the figure should be above 0.
+        margin: What counts as no harm, for claims of that kind.
+    """
+
+    source: str
+    text: str
+    task: str
+    arm: str
+    quantity: Quantity
+    unit: str
+    against: str | None = None
+    positive: bool = True
+    margin: float = 0.0
+
+    def decide(self, found: Runs) -> tuple[str, str, int]:
+        """Verdict, figure and number of seeds."""
+        runs = {run["seed"]: run for run in found.get(self.arm, [])}
+        others = {run["seed"]: run for run in found.get(self.against, [])} if self.against else runs
+        seeds = sorted(runs.keys() & others.keys())
+        if len(seeds) < 2:
+            return "not run", "-", len(seeds)
+        values = [self.quantity(runs[seed]) - (self.quantity(others[seed]) if self.against else 0.0) for seed in seeds]
+        point, low, high = interval(values, "mean")
+        sign = 1 if self.positive else -1
+        near, far = sorted((sign * low, sign * high))
+        verdict = "holds" if near > -self.margin else "does not hold" if far < -self.margin else "undecided"
+        return verdict, f"{point:.2f} [{low:.2f}, {high:.2f}] {self.unit}", len(seeds)
+
+
+def last(name: str, phase: str = "offline") -> Quantity:
+    """The value at the last evaluation."""
+    return lambda run: float(run[phase][-1][name])
+
+
+def gap(run: dict[str, Any], at: int = -1) -> float:
+    """How far uniform actions are below the data's."""
+    return float(run["offline"][at]["q_data"] - run["offline"][at]["q_random"])
+
+
+def delta(run: dict[str, Any]) -> float:
+    """How far the best of ten uniform actions is above the data's."""
+    return float(run["offline"][-1]["q_random_max"] - run["offline"][-1]["q_data"])
+
+
+def dip(run: dict[str, Any]) -> float:
+    """How far the score falls below that at the switch, at its lowest, when fine-tuning starts."""
+    scores = [point["score"] for point in run["online"]]
+    return float(scores[0] - min(scores[1:]))
+
+
+def relative_bias(run: dict[str, Any]) -> float:
+    """How far Q is from the return that it predicts, in units of it."""
+    return abs(bias(run)) / max(abs(run["offline"][-1]["actual"]), 1e-9)
+
+
+def claims() -> list[Claim]:
+    """All that are tested."""
+    found = []
+    for task in ("pendulum", "halfcheetah-replay"):
+        found += [
+            Claim("CQL, Table 4", "CQL(H) under-estimates its policy", task, "cql", bias, "reward", positive=False),
+            Claim("CQL, Table 4", "SAC offline over-estimates its policy", task, "sac", bias, "reward"),
+            Claim(
+                "CQL, Figure 2", "the gap widens from the first evaluation on", task, "cql", lambda r: gap(r) - gap(r, 0), "Q"
+            ),
+            Claim("CQL, Figure 2", "the best uniform action is below the data's", task, "cql", delta, "Q", positive=False),
+            Claim("CQL, Figure 2", "and not so for SAC", task, "sac", delta, "Q"),
+        ]
+    eq_1 = "cql:cql_variant=pointwise"
+    found.append(
+        Claim(
+            "CQL, Table 4",
+            "Eq. 1 under-estimates more than CQL(H)",
+            "pendulum",
+            eq_1,
+            bias,
+            "reward",
+            against="cql",
+            positive=False,
+        )
+    )
+    for task in ("pendulum", "cartpole", "halfcheetah-replay", "door-human", "pen-expert"):
+        plain = "cql:cql_alpha=0.0" if task == "cartpole" else "sac"
+        found += [
+            Claim("CQL, Table 1", f"CQL is above {other}", task, "cql", last("score"), "points", against=arm)
+            for other, arm in (("BC", "d3rlpy-bc"), ("no conservatism", plain))
+        ]
+        found.append(
+            Claim(
+                "this project",
+                "ours is not below d3rlpy's CQL (5 points)",
+                task,
+                "cql",
+                last("score"),
+                "points",
+                against="d3rlpy-cql",
+                margin=5.0,
+            )
+        )
+    weights = [f"cql:cql_alpha={weight}" for weight in WEIGHTS]
+    found += [
+        Claim("CQL, Section 5", "a weight of 0.1 over-estimates", "pendulum", weights[1], bias, "reward"),
+        Claim("CQL, Section 5", "a weight of 50 under-estimates", "pendulum", weights[-1], bias, "reward", positive=False),
+        Claim(
+            "CQL, Section 5",
+            "a weight of 50 is worse than 1",
+            "pendulum",
+            weights[-1],
+            last("score"),
+            "points",
+            against=weights[3],
+            positive=False,
+        ),
+    ]
+    for task in ("cartpole", "door-human"):
+        found += [
+            Claim("Cal-QL, Figure 1", "Cal-QL dips less", task, "cql", dip, "points", against="calql"),
+            Claim("Cal-QL, Figure 1", "its Q is nearer the right scale", task, "cql", relative_bias, "x", against="calql"),
+        ]
+    for floor in ("50.0", "200.0"):
+        found.append(
+            Claim(
+                "Cal-QL, Section 5",
+                f"a floor {float(floor):.0f} above the returns does no harm (5 points)",
+                "pendulum",
+                f"calql:floor={floor}",
+                last("score"),
+                "points",
+                against="calql",
+                margin=5.0,
+            )
+        )
+    for tail in ("zero", "none"):
+        found.append(
+            Claim(
+                "Cal-QL, Section 7.3",
+                f"bootstrapped tails are no worse than {tail!r} (5 points)",
+                "pendulum",
+                "calql",
+                last("score"),
+                "points",
+                against=f"calql:return_tail={tail}",
+                margin=5.0,
+            )
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    arms: dict[str, tuple[str, ...]] = {}
+    for grid in GRIDS.values():
+        arms[grid.task] = tuple(dict.fromkeys((*arms.get(grid.task, ()), *grid.arms)))
+    found = {task: read(Grid(task, names), arguments.results) for task, names in arms.items()}
+    lines = ["# The papers' claims", "", "`python benchmarks/claims.py`", ""]
+    lines += ["| source | claim | task | verdict | figure [95 %] | seeds |", "|---|---|---|---|---:|---:|"]
+    for claim in claims():
+        verdict, figure, seeds = claim.decide(found[claim.task])
+        lines.append(f"| {claim.source} | {claim.text} | {claim.task} | {verdict} | {figure} | {seeds} |")
+    by_weight = [
+        (weight, found["pendulum"][arm]) for weight in WEIGHTS if (arm := f"cql:cql_alpha={weight}") in found["pendulum"]
+    ]
+    if by_weight:
+        lines += ["", "The weight, pendulum, means over seeds at the last evaluation:", ""]
+        lines += [
+            "| weight | " + " | ".join(f"{weight:g}" for weight, _ in by_weight) + " |",
+            "|---|" + "---:|" * len(by_weight),
+        ]
+        rows: dict[str, Quantity] = {"score": last("score"), "predicted minus real": bias, "Q data - uniform": gap}
+        for name, quantity in rows.items():
+            lines.append(
+                f"| {name} | " + " | ".join(f"{np.mean([quantity(r) for r in runs]):.1f}" for _, runs in by_weight) + " |"
+            )
+    text = "\n".join(lines) + "\n"
+    print(text)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    (arguments.results / "claims.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
