@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,11 @@ def write(path: Path, result: dict[str, Any]) -> None:
     beside.replace(path)
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that matter, where they are installed."""
+    return {name: version(name) for name in PACKAGES if any(distributions(name=name))}
+
+
 def run_cell(cell: Cell) -> str:
     """Train one cell to its end; returns its name."""
     sys.path.insert(0, str(ROOT / "benchmarks"))  # where another process or machine runs it
@@ -163,7 +168,7 @@ def run_cell(cell: Cell) -> str:
             "precision": "f32" if cell.arm.startswith("d3rlpy") or cell.arm == "sac" else cell.precision,
             "settings": {key: repr(value) for key, value in getattr(learner, "settings", {}).items()},
             "commit": commit(),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": versions(),
             "python": platform.python_version(),
             "offline": [],
         }

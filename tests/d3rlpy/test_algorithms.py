@@ -302,6 +302,8 @@ class TestSavedPolicies:
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
     @pytest.mark.parametrize("config", [CQLConfig, DiscreteCalQLConfig])
     def test_onnx(self, config: Any, shape: Any, tmp_path: Path) -> None:
+        if shape == TUPLE and sys.version_info >= (3, 14) and th.__version__.startswith("2.9."):
+            pytest.skip("torch 2.9 cannot export several observations with Python 3.14")
         for package in ("onnx", "onnxscript"):
             pytest.importorskip(package)
         runtime = pytest.importorskip("onnxruntime")
