@@ -402,6 +402,7 @@ class TestWholeOrNotAtAll:
 
     def test_two_processes_read_one_minari_dataset(self, golden: OfflineDataset, cache: Path) -> None:
         pytest.importorskip("minari")
+        pytest.importorskip("h5py")  # to_minari's own storage
         to_minari(golden, "made/up-v0")
         code = (
             "import sys; from cql_plugins.adapters import from_minari\n"
