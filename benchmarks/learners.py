@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import SAC
@@ -22,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from tasks import Task
 
 from cql_plugins.adapters import OfflineDataset
-from cql_plugins.sb3 import CQL, CalQL, DiscreteCalQL, DiscreteCQL, gap_expansion, value_bias
+from cql_plugins.sb3 import CQL, CalQL, DiscreteCalQL, DiscreteCQL, GapExpansion, ValueBias, gap_expansion, value_bias
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.offline import fill_normalization
 
@@ -47,6 +48,11 @@ class Learner(Protocol):
 
     def load(self, folder: Path) -> None:
         """Go on from there."""
+
+
+def as_point(bias: ValueBias, gap: GapExpansion) -> Point:
+    """Put both figures into one record."""
+    return asdict(bias) | {"returns": list(bias.returns)} | asdict(gap)
 
 
 def parse(arm: str) -> tuple[str, dict[str, Any]]:
@@ -140,12 +146,7 @@ class SB3Learner:
             self.eval_env.obs_rms = self.env.obs_rms  # type: ignore[attr-defined]
         bias = value_bias(self.model, self.eval_env, n_episodes, deterministic=True)
         gap = gap_expansion(self.model, self._data())
-        return {
-            "returns": list(bias.returns),
-            **{name: getattr(bias, name) for name in ("predicted", "actual", "entropy", "tail")},
-            **{name: getattr(gap, name) for name in ("q_data", "q_policy", "q_random", "q_random_max")},
-            **({} if self.kept.value is None else {"bound_rate": float(self.kept.value)}),
-        }
+        return as_point(bias, gap) | ({} if self.kept.value is None else {"bound_rate": float(self.kept.value)})
 
     def _data(self) -> Any:
         self.model.set_offline_data(self.dataset)
@@ -285,45 +286,13 @@ class D3RLPyLearner:
         )
 
     def evaluate(self, n_episodes: int) -> Point:
-        returns, actual, starts, actions = [], [], [], []
-        for _ in range(n_episodes):
-            observation, _ = self.eval_env.reset()
-            rewards: list[float] = []
-            over = False
-            while not over:
-                action = self.algo.predict(np.asarray(observation, np.float32)[None])[0]
-                if not rewards:
-                    starts.append(np.asarray(observation, np.float32))
-                    actions.append(action)
-                observation, reward, terminated, truncated, _ = self.eval_env.step(action)
-                rewards.append(float(reward))
-                over = terminated or truncated
-            returns.append(float(np.sum(rewards)))
-            actual.append(float(np.dot(rewards, self.task.gamma ** np.arange(len(rewards)))))
-        point: Point = {"returns": returns, "actual": float(np.mean(actual))}
-        if self.name != "bc":
-            point["predicted"] = float(self.algo.predict_value(np.stack(starts), np.stack(actions)).mean())
-            point |= self._values()
-        return point
+        if self.name == "bc":
+            recorder = gym.wrappers.RecordEpisodeStatistics(self.eval_env, buffer_length=n_episodes)
+            self.d3rlpy.metrics.evaluate_qlearning_with_environment(self.algo, recorder, n_episodes)
+            return {"returns": [float(total) for total in recorder.return_queue]}
+        from cql_plugins.d3rlpy import gap_expansion, value_bias
 
-    def _values(self, n_states: int = 4096, n_actions: int = 10) -> Point:
-        rng, data = np.random.default_rng(0), self.dataset
-        rows = rng.integers(len(data), size=n_states)
-        observations = data.observations[data.observation_rows(rows)].astype(np.float32)
-        chosen = data.actions[rows]
-        values: Callable[..., Any] = self.algo.predict_value
-        found = {"q_data": float(values(observations, chosen.reshape(n_states, -1).astype(np.float32)).mean())}
-        space: Any = self.env.action_space
-        if isinstance(space, spaces.Discrete):
-            columns = [values(observations, np.full((n_states, 1), action)) for action in range(int(space.n))]
-            q_random = np.stack(columns, axis=1)
-            found["q_policy"] = float(q_random.max(axis=1).mean())
-        else:
-            uniform = rng.uniform(space.low, space.high, (n_states * n_actions, *space.shape)).astype(np.float32)
-            q_random = values(np.repeat(observations, n_actions, axis=0), uniform).reshape(n_states, n_actions)
-            drawn = self.algo.sample_action(observations) if self.name != "bc" else self.algo.predict(observations)
-            found["q_policy"] = float(values(observations, drawn).mean())
-        return found | {"q_random": float(q_random.mean()), "q_random_max": float(q_random.max(axis=1).mean())}
+        return as_point(value_bias(self.algo, self.eval_env, n_episodes), gap_expansion(self.algo, self.data))
 
     def save(self, folder: Path) -> None:
         self.algo.save(os.fspath(folder / "model.d3"))

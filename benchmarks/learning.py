@@ -5,7 +5,8 @@
     python benchmarks/learning.py pendulum --ray              # the same cells on a Ray cluster, or a local one
     python benchmarks/report.py pendulum
 
-A cell that is finished is never run again; one that was killed goes on from its last checkpoint (its online phase starts anew).
+A cell that is finished is never run again; one that was killed goes on from its last checkpoint, with random numbers of its own
+(its online phase starts anew).
 `--list` names the cells and what is there. Offline scores are of the policy's mode, and so are the values beside them.
 """
 
@@ -37,7 +38,7 @@ WEIGHTS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
 @dataclass(frozen=True)
 class Grid:
-    """Arms on a task; the first ``online`` of them go online afterwards."""
+    """Arms on a task; those in ``online`` are fine-tuned afterwards."""
 
     task: str
     arms: tuple[str, ...]
@@ -47,13 +48,14 @@ class Grid:
 
 GRIDS = {
     "pendulum": Grid("pendulum", CONTINUOUS),
-    "pendulum-weight": Grid("pendulum", tuple(f"cql:cql_alpha={weight}" for weight in WEIGHTS)),
+    "pendulum-weight": Grid("pendulum", tuple(f"cql:cql_alpha={weight}" for weight in WEIGHTS), n_seeds=3),
     "pendulum-variants": Grid(
-        "pendulum", ("cql", "cql:cql_variant=pointwise", "cql:cql_variant=rho", "cql:cql_variant=mu", "sac")
+        "pendulum", ("cql", "cql:cql_variant=pointwise", "cql:cql_variant=rho", "cql:cql_variant=mu", "sac"), n_seeds=3
     ),
     "pendulum-reference": Grid(
         "pendulum",
         ("calql", "calql:return_tail=zero", "calql:return_tail=none", "calql:floor=50.0", "calql:floor=200.0", "cql"),
+        n_seeds=3,
     ),
     "cartpole": Grid(
         "cartpole",
@@ -80,7 +82,7 @@ class Cell:
     arm: str
     seed: int
     online: bool
-    precision: str
+    precision: str | None
     results: Path
     checkpoints: Path
     fraction: float = 1.0
@@ -155,7 +157,8 @@ def run_cell(cell: Cell) -> str:
     from train import commit
 
     task = TASKS[cell.task].cut(cell.fraction)
-    learner = learners.make(cell.arm, task, cell.seed, cell.precision)
+    precision = cell.precision or task.precision
+    learner = learners.make(cell.arm, task, cell.seed, precision)
     result = cell.read()
     checkpoint = cell.checkpoint_path / result.get("checkpoint", "none")
     if result and checkpoint.is_dir():
@@ -165,7 +168,7 @@ def run_cell(cell: Cell) -> str:
             "task": cell.task,
             "arm": cell.arm,
             "seed": cell.seed,
-            "precision": "f32" if cell.arm.startswith("d3rlpy") or cell.arm == "sac" else cell.precision,
+            "precision": "f32" if cell.arm.startswith("d3rlpy") or cell.arm == "sac" else precision,
             "settings": {key: repr(value) for key, value in getattr(learner, "settings", {}).items()},
             "commit": commit(),
             "versions": versions(),
@@ -249,7 +252,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="*", help="default: those of the grid")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, of one thread each")
     parser.add_argument("--ray", action="store_true", help="hand the cells to Ray")
-    parser.add_argument("--precision", choices=("f32", "bf16"), default="bf16", help="of our algorithms")
+    parser.add_argument("--precision", choices=("f32", "bf16"), help="of our algorithms; default: the task's")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "learning")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the steps, to try things; use other folders")

@@ -92,8 +92,9 @@ def tables(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]]) -> str
     """Markdown."""
     task = TASKS[grid.task]
     lines = [f"# {name}", "", f"`python benchmarks/learning.py {name}`, then `python benchmarks/report.py {name}`."]
-    budget = f"{task.steps:,} gradient steps, networks {' x '.join(map(str, task.net_arch))}, batches of {task.batch_size}"
-    lines.append(f"{budget}, {task.eval_episodes} episodes an evaluation.")
+    trained = sorted({f"{run['offline'][-1]['step']:,}" for runs in found.values() for run in runs})
+    sizes = f"networks {' x '.join(map(str, task.net_arch))}, batches of {task.batch_size}"
+    lines.append(f"{', '.join(trained)} gradient steps, {sizes}, {task.eval_episodes} episodes an evaluation.")
     head = [
         "",
         "seeds",
@@ -147,8 +148,10 @@ def tables(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]]) -> str
         "Score of the data: " + f"{task.score(list(task.load().episode_returns)):.1f}. Commits {', '.join(commits)}; ",
     ]
     lines[-1] += ", ".join(f"{package} {number}" for package, number in versions.items()) + ". Ours in "
-    lines[-1] += ", ".join(sorted({run["precision"] for arm, runs in found.items() if arm in ("cql", "calql") for run in runs}))
-    lines[-1] += ", the others in float32."
+    lines[-1] += ", ".join(
+        sorted({run["precision"] for arm, runs in found.items() if arm.split(":")[0] in ("cql", "calql") for run in runs})
+    )
+    lines[-1] += ", the others in f32."
     return "\n".join(lines) + "\n"
 
 

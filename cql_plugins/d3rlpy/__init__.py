@@ -8,12 +8,13 @@ try:
 except ImportError as error:
     raise ImportError(f'd3rlpy is needed here: {error}. Install it with: pip install "cql-plugins[d3rlpy]"') from error
 
+from cql_plugins._diagnostics import GapExpansion, ValueBias  # noqa: E402
 from cql_plugins._guards import NonFiniteError  # noqa: E402
 from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer  # noqa: E402
 from cql_plugins.d3rlpy.cal_ql import CalQL, CalQLConfig, DiscreteCalQL, DiscreteCalQLConfig  # noqa: E402
 from cql_plugins.d3rlpy.checkpoints import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint  # noqa: E402
 from cql_plugins.d3rlpy.cql import CQL, CQLConfig, DiscreteCQL, DiscreteCQLConfig  # noqa: E402
-from cql_plugins.d3rlpy.evaluators import QGapEvaluator, ValueBiasEvaluator  # noqa: E402
+from cql_plugins.d3rlpy.evaluators import QGapEvaluator, ValueBiasEvaluator, gap_expansion, value_bias  # noqa: E402
 from cql_plugins.d3rlpy.online import OfflineOnlineReplayBuffer, ReturnsToGoReplayBuffer, with_returns_to_go  # noqa: E402
 from cql_plugins.d3rlpy.weights import WeightsError, load_weights, save_weights  # noqa: E402
 
@@ -28,16 +29,20 @@ __all__ = [
     "DiscreteCQLConfig",
     "DiscreteCalQL",
     "DiscreteCalQLConfig",
+    "GapExpansion",
     "NonFiniteError",
     "OfflineOnlineReplayBuffer",
     "OfflineReplayBuffer",
     "QGapEvaluator",
     "ReturnsToGoReplayBuffer",
+    "ValueBias",
     "ValueBiasEvaluator",
     "WeightsError",
+    "gap_expansion",
     "load_checkpoint",
     "load_weights",
     "save_checkpoint",
     "save_weights",
+    "value_bias",
     "with_returns_to_go",
 ]

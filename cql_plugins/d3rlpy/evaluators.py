@@ -1,12 +1,11 @@
-"""Is the critic right, and is it conservative? As d3rlpy evaluators, for ours and for d3rlpy's own algorithms."""
+"""Is the critic right, and is it conservative? Functions and evaluators for ours and for d3rlpy's own algorithms."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import numpy.typing as npt
 from d3rlpy.constants import ActionSpace
 from d3rlpy.dataset import ReplayBufferBase
 from d3rlpy.interface import QLearningAlgoProtocol
@@ -14,129 +13,155 @@ from d3rlpy.metrics import EvaluatorProtocol
 from d3rlpy.metrics.utility import evaluate_qlearning_with_environment
 
 from cql_plugins._checkpoints import random_states, set_random_states
+from cql_plugins._diagnostics import GapExpansion, ValueBias, batches, require_positive
 
 _BATCH = 1024
 
 
-class ValueBiasEvaluator(EvaluatorProtocol):
-    """What the critic predicts for the first action of an episode, minus its discounted return [CQL, Table 4].
+def value_bias(algo: QLearningAlgoProtocol, env: gym.Env[Any, Any], n_trials: int = 10) -> ValueBias:
+    """Compare the critic's values in the first states of episodes with their discounted returns [CQL, Section 6, Table 4].
 
-    Above 0 the critic over-estimates its policy, below 0 it is conservative. The policy's mode acts, as in d3rlpy's
-    ``EnvironmentEvaluator``; the prediction is d3rlpy's ``predict_value``, the mean over critics.
+    The policy's mode acts, as in d3rlpy's ``EnvironmentEvaluator``; the values are d3rlpy's ``predict_value``, the mean over
+    critics. An entropy bonus in them (d3rlpy's SAC; CQL with ``soft_q_backup``) is not taken off.
 
     Args:
-        env: To play in. Rewards must be those that the algorithm is trained on: none with a ``reward_scaler``.
+        algo: Any Q-learning algorithm of d3rlpy.
+        env: To play in, with the rewards that the algorithm is trained on.
         n_trials: Episodes.
 
     Raises:
-        ValueError: If ``n_trials`` is below 1, or, when called, if the algorithm scales rewards.
+        ValueError: If ``n_trials`` is below 1, or the algorithm scales rewards.
+    """
+    require_positive(n_trials=n_trials)
+    if algo.reward_scaler is not None:
+        raise ValueError(
+            f"reward_scaler: expected none, got {type(algo.reward_scaler).__name__}: values in scaled rewards cannot be "
+            "compared with returns. Scale the dataset's and the environment's rewards instead."
+        )
+    recorder = _Recorder(env)
+    evaluate_qlearning_with_environment(algo, recorder, n_trials)
+    predicted = algo.predict_value(_stack(recorder.starts), np.stack(recorder.actions))
+    return ValueBias.of(predicted, recorder.rewards, recorder.truncated, algo.gamma)
+
+
+def gap_expansion(
+    algo: QLearningAlgoProtocol, dataset: ReplayBufferBase, *, n_states: int = 4096, n_actions: int = 10, seed: int = 0
+) -> GapExpansion:
+    """Compare the values of the data's actions with others' in the same states [CQL, Figure 2].
+
+    Uniform actions are drawn between the bounds of the algorithm's ``action_scaler``, or between -1 and 1 without one;
+    discrete actions are all taken.
+
+    Args:
+        algo: Any Q-learning algorithm of d3rlpy.
+        dataset: The data.
+        n_states: Transitions to draw.
+        n_actions: Uniform actions in each state.
+        seed: Of the draws. Global random streams are left as they were.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+    require_positive(n_states=n_states, n_actions=n_actions)
+    rng, before, sums = np.random.default_rng(seed), random_states(), np.zeros(4)
+    np.random.seed(seed)  # noqa: NPY002 (d3rlpy's buffers draw from NumPy's global stream)
+    try:
+        for rows in batches(n_states, max(1, _BATCH // n_actions)):
+            batch = dataset.sample_transition_batch(rows)
+            sums += rows * np.array(_compare(algo, batch.observations, batch.actions, n_actions, rng))
+    finally:
+        set_random_states(before)
+    return GapExpansion(*(float(total) / n_states for total in sums))
+
+
+class ValueBiasEvaluator(EvaluatorProtocol):
+    """:func:`value_bias` for ``fit``'s ``evaluators``: above 0 where the critic over-estimates its policy.
+
+    Args:
+        env: To play in.
+        n_trials: Episodes.
+
+    Raises:
+        ValueError: If ``n_trials`` is below 1; see :func:`value_bias` for what a call refuses.
     """
 
     def __init__(self, env: gym.Env[Any, Any], n_trials: int = 10) -> None:
-        if n_trials < 1:
-            raise ValueError(f"n_trials: expected at least 1, got {n_trials}.")
+        require_positive(n_trials=n_trials)
         self._env = env
         self._n_trials = n_trials
 
     def __call__(self, algo: QLearningAlgoProtocol, dataset: ReplayBufferBase) -> float:
-        """Play, and return the mean difference.
-
-        Args:
-            algo: Any Q-learning algorithm of d3rlpy.
-            dataset: Not used.
-        """
-        if algo.reward_scaler is not None:
-            raise ValueError(
-                f"reward_scaler: expected none, got {type(algo.reward_scaler).__name__}: values in scaled rewards cannot be "
-                "compared with returns. Scale the dataset's and the environment's rewards instead."
-            )
-        recorder = _Recorder(self._env)
-        evaluate_qlearning_with_environment(algo, recorder, self._n_trials)
-        predicted = algo.predict_value(_stack(recorder.starts), np.stack(recorder.actions))
-        actual = [np.dot(rewards, algo.gamma ** np.arange(len(rewards))) for rewards in recorder.rewards]
-        return float(np.mean(predicted) - np.mean(actual))
+        """Return the bias; ``dataset`` is not used."""
+        return value_bias(algo, self._env, self._n_trials).bias
 
 
 class QGapEvaluator(EvaluatorProtocol):
-    """How far the values of uniform actions are below those of the data's actions [CQL, Figure 2].
-
-    It grows while a conservative critic learns. Uniform actions are drawn between the bounds of the algorithm's
-    ``action_scaler``, or between -1 and 1 without one; discrete actions are all taken.
+    """:func:`gap_expansion` for ``fit``'s ``evaluators``: how far uniform actions are below the data's.
 
     Args:
         n_states: Transitions of the data to draw.
         n_actions: Uniform actions in each.
         best: Whether the best of the uniform actions counts instead of their mean: minus the paper's figure.
-        seed: Of the draws. Global random streams are left as they were.
+        seed: Of the draws.
 
     Raises:
         ValueError: If a number is below 1.
     """
 
     def __init__(self, n_states: int = 4096, n_actions: int = 10, *, best: bool = False, seed: int = 0) -> None:
-        for name, number in (("n_states", n_states), ("n_actions", n_actions)):
-            if number < 1:
-                raise ValueError(f"{name}: expected at least 1, got {number}.")
-        self._n_states = n_states
-        self._n_actions = n_actions
+        require_positive(n_states=n_states, n_actions=n_actions)
+        self._options = {"n_states": n_states, "n_actions": n_actions, "seed": seed}
         self._best = best
-        self._seed = seed
 
     def __call__(self, algo: QLearningAlgoProtocol, dataset: ReplayBufferBase) -> float:
-        """Draw, and return the mean gap.
+        """Return the gap in ``dataset``."""
+        found = gap_expansion(algo, dataset, **self._options)
+        return -found.delta if self._best else found.gap
 
-        Args:
-            algo: Any Q-learning algorithm of d3rlpy.
-            dataset: The data, as ``fit`` passes them.
-        """
-        rng, before, total = np.random.default_rng(self._seed), random_states(), 0.0
-        np.random.seed(self._seed)  # noqa: NPY002 (d3rlpy's buffers draw from NumPy's global stream)
-        try:
-            most = max(1, _BATCH // self._n_actions)
-            for start in range(0, self._n_states, most):
-                batch = dataset.sample_transition_batch(min(most, self._n_states - start))
-                total += float(self._gaps(algo, batch.observations, batch.actions, rng).sum())
-        finally:
-            set_random_states(before)
-        return total / self._n_states
 
-    def _gaps(
-        self, algo: Any, observations: Any, actions: npt.NDArray[Any], rng: np.random.Generator
-    ) -> npt.NDArray[np.float64]:
-        n = len(actions)
-        if algo.get_action_type() == ActionSpace.DISCRETE:
-            tried = np.tile(np.arange(algo.action_size), n)[:, None]
-        else:
-            tried = rng.uniform(-1.0, 1.0, (n * self._n_actions, actions.shape[1])).astype(np.float32)
-            if algo.action_scaler is not None:
-                tried = algo.action_scaler.reverse_transform_numpy(tried)
-        each = len(tried) // n
-        values = algo.predict_value(_repeat(observations, each), tried).reshape(n, each).astype(np.float64)
-        others = values.max(axis=1) if self._best else values.mean(axis=1)
-        return cast("npt.NDArray[np.float64]", algo.predict_value(observations, actions).astype(np.float64) - others)
+def _compare(
+    algo: Any, observations: Any, actions: Any, n_actions: int, rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """Means over a batch of the four values of :class:`GapExpansion`."""
+    n = len(actions)
+    discrete = algo.get_action_type() == ActionSpace.DISCRETE
+    if discrete:
+        tried = np.tile(np.arange(algo.action_size), n)[:, None]
+    else:
+        tried = rng.uniform(-1.0, 1.0, (n * n_actions, actions.shape[1])).astype(np.float32)
+        if algo.action_scaler is not None:
+            tried = algo.action_scaler.reverse_transform_numpy(tried)
+    each = len(tried) // n
+    values = algo.predict_value(_repeat(observations, each), tried).reshape(n, each).astype(np.float64)
+    largest = float(values.max(axis=1).mean())
+    q_policy = largest if discrete else float(algo.predict_value(observations, algo.sample_action(observations)).mean())
+    return float(algo.predict_value(observations, actions).mean()), q_policy, float(values.mean()), largest
 
 
 class _Recorder(gym.Wrapper[Any, Any, Any, Any]):
-    """Keeps the first observation and action of each episode, and all rewards."""
+    """Keeps the first observation and action of each episode, all rewards, and whether a time-out ended it."""
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
         self.starts: list[Any] = []
         self.actions: list[Any] = []
         self.rewards: list[list[float]] = []
+        self.truncated: list[bool] = []
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         observation, info = self.env.reset(**kwargs)
         self.starts.append(observation)
         self.rewards.append([])
+        self.truncated.append(False)
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         if not self.rewards[-1]:
             self.actions.append(np.atleast_1d(np.array(action)))
-        result = self.env.step(action)
-        self.rewards[-1].append(float(result[1]))
-        return result
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.rewards[-1].append(float(reward))
+        self.truncated[-1] = bool(truncated and not terminated)
+        return observation, reward, terminated, truncated, info
 
 
 def _stack(observations: list[Any]) -> Any:
@@ -151,4 +176,4 @@ def _repeat(observations: Any, times: int) -> Any:
     return np.repeat(observations, times, axis=0)
 
 
-__all__ = ["QGapEvaluator", "ValueBiasEvaluator"]
+__all__ = ["QGapEvaluator", "ValueBiasEvaluator", "gap_expansion", "value_bias"]

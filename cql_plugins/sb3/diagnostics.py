@@ -23,64 +23,10 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
 from cql_plugins._checkpoints import random_states, set_random_states
+from cql_plugins._diagnostics import GapExpansion, ValueBias, batches, require_positive
 from cql_plugins.sb3.offline import OfflineData, OfflineMixin
 
 _BATCH = 1024
-
-
-@dataclass(frozen=True)
-class ValueBias:
-    """What the critic predicts for the actions that the policy took, and what they brought [CQL, Table 4].
-
-    Attributes:
-        predicted: Mean of ``Q(s, a)``, in the units of the rewards that the model was trained on.
-        actual: Mean discounted return from there on.
-        entropy: Mean of the discounted entropy bonus that the predicted values include: 0 unless the critic's target has one.
-        std_error: Of ``bias``, over episodes; NaN where there was one.
-        tail: The largest weight ``gamma^k`` that what follows a time-out would have had in ``actual``, where nothing follows.
-            With gamma 0.99 it is 0.37 after 100 steps and 4e-5 after 1,000: evaluate in an environment with a longer time
-            limit where it is not small.
-        returns: Undiscounted return of each episode, before any normalisation of rewards where the environment has a monitor.
-    """
-
-    predicted: float
-    actual: float
-    entropy: float
-    std_error: float
-    tail: float
-    returns: tuple[float, ...]
-
-    @property
-    def bias(self) -> float:
-        """Predicted minus actual: above 0 the critic over-estimates its own policy, below 0 it is conservative."""
-        return self.predicted - self.actual - self.entropy
-
-
-@dataclass(frozen=True)
-class GapExpansion:
-    """Values of the data's actions, the policy's and uniform ones in the data's states [CQL, Figure 2].
-
-    Attributes:
-        q_data: Mean of ``Q(s, a)`` over transitions of the data.
-        q_policy: Mean of ``Q(s, a)``, ``a`` drawn from the policy; with discrete actions the best one.
-        q_random: Mean of ``Q(s, a)``, ``a`` uniform over the action space.
-        q_random_max: Mean of the largest of ``n_actions`` uniform ones' values; with discrete actions the largest of all.
-    """
-
-    q_data: float
-    q_policy: float
-    q_random: float
-    q_random_max: float
-
-    @property
-    def gap(self) -> float:
-        """How far uniform actions are below the data's: it grows while a conservative critic learns."""
-        return self.q_data - self.q_random
-
-    @property
-    def delta(self) -> float:
-        """The paper's figure: how far the best of some uniform actions is above the data's. Below 0 where the gap is wide."""
-        return self.q_random_max - self.q_data
 
 
 def value_bias(
@@ -105,8 +51,7 @@ def value_bias(
     Raises:
         ValueError: If the model has no critic, or ``n_episodes`` is below 1.
     """
-    if n_episodes < 1:
-        raise ValueError(f"n_episodes: expected at least 1, got {n_episodes}.")
+    require_positive(n_episodes=n_episodes)
     _check_model(model)
     record = _Episodes(model)
     chosen = isinstance(model.action_space, spaces.Discrete) if deterministic is None else deterministic
@@ -134,15 +79,13 @@ def gap_expansion(
     Raises:
         ValueError: If the model has no critic, or a number is below 1.
     """
-    for name, number in (("n_states", n_states), ("n_actions", n_actions)):
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}.")
+    require_positive(n_states=n_states, n_actions=n_actions)
     _check_model(model)
     buffer = dataset if isinstance(dataset, ReplayBuffer) else dataset.to_sb3(model)
     model.policy.set_training_mode(False)
     sums = np.zeros(4)
     with _random_streams_apart(seed), th.no_grad():
-        for rows in _split(n_states, max(1, _BATCH // n_actions)):
+        for rows in batches(n_states, max(1, _BATCH // n_actions)):
             batch = buffer.sample(rows, env=model.get_vec_normalize_env())
             sums += rows * np.array(_compare(model, batch.observations, batch.actions, n_actions))
     return GapExpansion(*(float(total) / n_states for total in sums))
@@ -265,17 +208,13 @@ class _Episodes:
             starts, _ = model.policy.obs_to_tensor(_stack([episode.observations[0] for episode in self.finished]))
             predicted = _values(model, starts, th.as_tensor(actions, device=model.device))
             entropy = np.array([self._discounted_entropy(episode) for episode in self.finished])
-        weights = [model.gamma ** np.arange(len(episode.rewards) + 1) for episode in self.finished]
-        pairs = list(zip(self.finished, weights, strict=True))
-        actual = np.array([np.dot(episode.rewards, weight[:-1]) for episode, weight in pairs])
-        n = len(actual)
-        return ValueBias(
-            predicted=float(predicted.mean()),
-            actual=float(actual.mean()),
-            entropy=float(entropy.mean()),
-            std_error=float((predicted - actual - entropy).std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"),
-            tail=float(max((weight[-1] for episode, weight in pairs if episode.truncated), default=0.0)),
-            returns=tuple(self.raw_returns),
+        return ValueBias.of(
+            predicted,
+            [episode.rewards for episode in self.finished],
+            [episode.truncated for episode in self.finished],
+            model.gamma,
+            entropy=entropy,
+            returns=self.raw_returns,
         )
 
     def _discounted_entropy(self, episode: _Episode) -> float:
@@ -342,10 +281,6 @@ def _entropy_weight(model: Any) -> float:
         return 0.0
     log_ent_coef = getattr(model, "log_ent_coef", None)
     return float(model.ent_coef_tensor if log_ent_coef is None else log_ent_coef.detach().exp())
-
-
-def _split(total: int, most: int) -> Iterator[int]:
-    return (min(most, total - start) for start in range(0, total, most))
 
 
 def _select(observations: Any, index: int) -> Any:

@@ -17,7 +17,15 @@ from d3rlpy.preprocessing import ConstantShiftRewardScaler, MinMaxActionScaler
 from gymnasium import spaces
 
 from cql_plugins._checkpoints import random_states
-from cql_plugins.d3rlpy import CalQLConfig, CQLConfig, DiscreteCQLConfig, QGapEvaluator, ValueBiasEvaluator
+from cql_plugins.d3rlpy import (
+    CalQLConfig,
+    CQLConfig,
+    DiscreteCQLConfig,
+    QGapEvaluator,
+    ValueBiasEvaluator,
+    gap_expansion,
+    value_bias,
+)
 
 GAMMA = 0.5
 
@@ -86,6 +94,30 @@ def test_discrete(config: Any) -> None:
     q_data = np.array([1.0, 5.0, 3.0])[data.sample_transition_batch(40).actions[:, 0].astype(int)].mean()
     assert QGapEvaluator(40)(algo, data) == pytest.approx(q_data - 3.0, abs=1e-6)
     assert QGapEvaluator(40, best=True)(algo, data) == pytest.approx(q_data - 5.0, abs=1e-6)
+
+
+class Terminates(Payments):
+    """Ends by itself, and at the same step by a time-out in every second episode."""
+
+    def step(self, action: Any) -> Any:
+        observation, reward, _, over, info = super().step(action)
+        return observation, reward, over, over and self.length % 2 == 0, info
+
+
+def test_what_the_functions_say() -> None:
+    algo = make(SACConfig, action_scaler=MinMaxActionScaler([-2.0], [2.0]))
+    set_outputs(algo, [7.0], [5.0])
+    found = value_bias(algo, Payments(), 3)
+    assert (found.predicted, found.actual, found.entropy) == pytest.approx((6.0, 4.0, 0.0), abs=1e-6)
+    assert found.returns == (7.0, 15.0, 31.0)  # 3, 4 and 5 payments
+    assert found.tail == GAMMA**3, "the shortest episode that a time-out cut"
+    assert found.std_error == pytest.approx(1 / np.sqrt(3))
+    assert value_bias(algo, Terminates(), 3).tail == 0.0, "an end of its own is no time-out"
+    gap = gap_expansion(algo, dataset(), n_states=8)
+    assert (gap.q_data, gap.q_policy, gap.q_random, gap.q_random_max) == pytest.approx((6.0,) * 4)
+    assert gap_expansion(linear(False, 3.0), dataset(), n_states=64).q_policy != pytest.approx(1.0 + 3.0 * 2.5), (
+        "not the data's"
+    )
 
 
 def linear(scaled: bool, weight: float) -> Any:
