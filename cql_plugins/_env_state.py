@@ -231,7 +231,10 @@ def _mujoco_arrays(data: Any) -> dict[str, Any]:
 def _set_mujoco_arrays(data: Any, saved: dict[str, Any]) -> list[str]:
     """Set what :func:`_mujoco_arrays` read; return the names of what has another size by now."""
     mujoco: Any = import_module("mujoco")
-    mujoco.mj_setState(data.model, data, saved["state"], int(mujoco.mjtState.mjSTATE_INTEGRATION))
+    kind = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+    if len(saved["state"]) != mujoco.mj_stateSize(data.model, kind):  # Another model: nothing of it fits.
+        return ["state"]
+    mujoco.mj_setState(data.model, data, saved["state"], kind)
     mujoco.mj_forward(data.model, data)
     without_contacts = mujoco.MjData(data.model)
     problems = []

@@ -287,6 +287,25 @@ def test_environments_go_on_within_an_episode(env_id: str) -> None:
     np.testing.assert_array_equal(np.asarray(first.reset()), np.asarray(second.reset()))
 
 
+def test_another_mujoco_model_is_named() -> None:
+    pytest.importorskip("mujoco")
+    cheetah, ant = (gym.make(name).unwrapped for name in ("HalfCheetah-v5", "Ant-v5"))
+    for env in (cheetah, ant):
+        env.reset(seed=0)
+    for _ in range(20):
+        cheetah.step(np.ones(6))
+    own, other = cheetah.data, ant.data  # type: ignore[attr-defined]
+    assert own.efc_force.size, "it touches the ground"
+    arrays: dict[str, Any] = {}
+    state, _ = capture_state(own, arrays)
+    for name, expected in (("qfrc_actuator", [".qfrc_actuator"]), ("efc_force", [])):  # the second has a row for each contact
+        (key,) = (key for key in arrays if key.endswith(f".{name}"))
+        assert restore_state(own, state, arrays | {key: arrays[key][:-1]}) == expected
+    before = other.qpos.copy()
+    assert restore_state(other, state, arrays) == [".state"]
+    np.testing.assert_array_equal(other.qpos, before)
+
+
 def test_environments_in_other_processes_go_on_with_their_wrapper(tmp_path: Path) -> None:
     def start(folder: str, callback: Any = None, wrapper: Any = ResumableEnv) -> Any:
         stir()
