@@ -33,6 +33,9 @@ UNTRUSTED, HDF5, MINARI_FILES, ARROW, NPZ = (
     f"adapters/{name}.py" for name in ("_untrusted", "_hdf5", "_minari_files", "_arrow", "arrays")
 )
 GUARDS, WATCH = "cql_plugins/_guards.py", "cql_plugins/sb3/watch.py"
+FIGURES, DIAGNOSTICS, EVALUATORS, PLOTS = (
+    f"cql_plugins/{name}.py" for name in ("_diagnostics", "sb3/diagnostics", "d3rlpy/evaluators", "plots")
+)
 SOFT_MAXIMUM = "    return temperature * th.logsumexp(logits, dim=2)"
 
 MUTANTS: dict[str, tuple[str, str, str]] = {
@@ -288,6 +291,36 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "old-batch-in-the-graph": (CAPTURED, "        th._foreach_copy_(", "        (lambda *_: None)("),
     "one-graph-for-all": (CAPTURED, "kind = (self._kind(), ", "kind = (0, "),
     "saves-the-devices-rate": (CAPTURED, 'own["lr"] = group["_rate_value"]', "pass"),
+    # What is said of the critic.
+    "returns-undiscounted": (FIGURES, "weights = [gamma **", "weights = [1.0 **"),
+    "entropy-added": (FIGURES, "self.predicted - self.actual - self.entropy", "self.predicted - self.actual + self.entropy"),
+    "tail-of-terminations": (FIGURES, "strict=True) if cut]", "strict=True)]"),
+    "smallest-tail": (FIGURES, "float(max(tails", "float(min(tails"),
+    "std-instead-of-error": (FIGURES, ".std(ddof=1) / np.sqrt(n)", ".std(ddof=1)"),
+    "delta-turned": (FIGURES, "self.q_random_max - self.q_data", "self.q_data - self.q_random_max"),
+    "entropy-of-the-first-state": (DIAGNOSTICS, "later = episode.observations[1:]", "later = episode.observations[:-1]"),
+    "entropy-discounted-late": (DIAGNOSTICS, "np.arange(1, len(episode.rewards))", "np.arange(2, len(episode.rewards) + 1)"),
+    "largest-critic": (DIAGNOSTICS, "dim=1).min(dim=1).values", "dim=1).max(dim=1).values"),
+    "actions-unscaled": (DIAGNOSTICS, "actions = model.policy.scale_action(actions)", "pass"),
+    "half-of-the-actions": (DIAGNOSTICS, "device=actions.device) * 2 - 1", "device=actions.device)"),
+    "observations-tiled": (
+        DIAGNOSTICS,
+        "return observations.repeat_interleave(times, dim=0)",
+        "return observations.repeat(times, 1)",
+    ),
+    "batches-unweighted": (DIAGNOSTICS, "sums += rows * np.array", "sums += _BATCH * np.array"),
+    "bonus-where-none-is": (DIAGNOSTICS, 'or not getattr(model, "backup_entropy", True)', ""),
+    "lost-life-ends": (DIAGNOSTICS, """not locals_["done"] or (""", """not locals_["done"] or False and ("""),
+    "d3rlpy-actions-unscaled": (EVALUATORS, "        if algo.action_scaler is not None:", "        if False:"),
+    "d3rlpy-last-action": (EVALUATORS, "        if not self.rewards[-1]:", "        if True:"),
+    "d3rlpy-observations-tiled": (
+        EVALUATORS,
+        "return np.repeat(observations, times, axis=0)",
+        "return np.tile(observations, (times, 1))",
+    ),
+    "d3rlpy-best-is-mean": (EVALUATORS, "-found.delta if self._best else", "found.gap if self._best else"),
+    "online-over-offline": (PLOTS, '("online", switch)', '("online", 0.0)'),
+    "evaluations-are-online": (PLOTS, "number <= offline[-1]", 'row.get("time/gradient_steps")'),
     "no-wait-in-a-step": (ACTOR_CRITIC, "validate_args=False", "validate_args=True"),
 }
 
@@ -315,6 +348,8 @@ def survives(name: str) -> bool:
             tests = ["tests/test_guards.py", "tests/sb3/test_sick.py"]
         if path == D3RLPY + "watch.py":
             tests = ["tests/d3rlpy/test_sick.py"]
+        if path in (FIGURES, DIAGNOSTICS, EVALUATORS, PLOTS):
+            tests = ["tests/sb3/test_diagnostics.py", "tests/d3rlpy/test_evaluators.py", "tests/test_plots.py"]
         if path in (Q_LEARNING, QRDQN, TQC):
             tests = ["tests/sb3/test_bases.py"]
         if path in (ENSEMBLES, CAPTURED, DEVICE_DATA, CQL_CLASS) or name in OF_SPEED:

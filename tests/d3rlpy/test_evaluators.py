@@ -144,6 +144,23 @@ def test_gap_of_a_linear_critic(scaled: bool) -> None:
     assert abs(QGapEvaluator(n, 4)(linear(not scaled, 3.0), dataset()) - found) > 0.5
 
 
+def test_actions_are_tried_in_their_own_state() -> None:
+    """A critic of the observation alone: no action is better than another."""
+    algo = linear(False, 3.0)
+    for critic in algo.impl.q_function:
+        first = next(module for module in critic.modules() if isinstance(module, th.nn.Linear) and module.in_features == 3)
+        with th.no_grad():
+            first.weight[0] = th.tensor([1.0, 0.0, 0.0])
+    n, ends = 60, (np.arange(60) % 10 == 9).astype(np.float32)
+    observations, zeros = np.random.default_rng(0).uniform(-1, 1, (n, 2)).astype(np.float32), np.zeros(n, np.float32)
+    data = MDPDataset(
+        observations, zeros[:, None], zeros, zeros, ends, action_space=d3rlpy.ActionSpace.CONTINUOUS, action_size=1
+    )
+    found = gap_expansion(algo, data, n_states=200)
+    assert found.delta == pytest.approx(0.0, abs=1e-5)
+    assert found.gap == pytest.approx(0.0, abs=1e-5)
+
+
 def test_in_fit_and_nothing_else_changes() -> None:
     def train(evaluators: Any) -> Any:
         d3rlpy.seed(1)

@@ -134,6 +134,43 @@ def test_entropy_of_later_states_only() -> None:
         assert value_bias(model, DummyVecEnv([lambda: Payments(length=1) for _ in range(2)]), 2).entropy == 0.0
 
 
+class Clock(Payments):
+    """Observations that say which step it is."""
+
+    def step(self, action: Any) -> Any:
+        observation, *rest = super().step(action)
+        return observation + np.float32(self.clock / 4), *rest
+
+
+def test_entropy_of_each_state_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(SAC, ent_coef=0.3)
+    env = DummyVecEnv([lambda: Clock() for _ in range(2)])  # three steps: states 0, 1/4 and 2/4
+    play = model.actor.action_log_prob
+    monkeypatch.setattr(model.actor, "action_log_prob", lambda seen: (play(seen)[0], seen[:, 0]))
+    assert value_bias(model, env, 2).entropy == pytest.approx(-0.3 * (GAMMA * 0.25 + GAMMA**2 * 0.5))
+
+
+class LosesALife(gym.Wrapper[Any, Any, Any, Any]):
+    """Says that an episode is over after its first step, and plays on at the next reset, as Atari's wrapper does."""
+
+    over = True
+
+    def reset(self, **kwargs: Any) -> Any:
+        return self.env.reset(**kwargs) if self.over else (np.zeros(2, np.float32), {})
+
+    def step(self, action: Any) -> Any:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.over = terminated or truncated
+        return observation, reward, terminated or reward == 1.0, truncated, info
+
+
+def test_a_lost_life_is_no_end() -> None:
+    model, env = make(CQL), DummyVecEnv([lambda: LosesALife(Monitor(Payments()))])
+    found = value_bias(model, env, 2)
+    assert found.actual == 3.5
+    assert found.returns == (7.0, 15.0)
+
+
 def test_actions_reach_the_critic_scaled() -> None:
     """A critic that is the action itself, a policy at its middle: 0 as the network sees it, 1 in the environment."""
     model = make(CQL, policy_kwargs={"net_arch": {"pi": [4], "qf": []}})
