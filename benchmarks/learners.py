@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+import candidates
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -126,12 +127,14 @@ class SB3Learner:
         settings |= task.common | {"gamma": task.gamma, "batch_size": task.batch_size, "learning_starts": 0} | options
         if task.is_discrete:
             settings = {"offline_target_update_interval": 200, "exploration_final_eps": 0.05, "train_freq": 1} | settings
-        nets = {"net_arch": list(task.net_arch)} | settings.pop("policy_kwargs", {})
-        algorithm = FlooredCalQL if floor else classes[name]
-        self.model: Any = algorithm("MlpPolicy", self.env, seed=seed, device="cpu", policy_kwargs=nets, **settings)
+        self.settings, self.kept = settings | {"floor": floor}, KeepBoundRate()
+        settings = dict(settings)
+        candidate, policy, nets = candidates.build(settings)
+        algorithm = FlooredCalQL if floor else candidate if name == "cql" and not task.is_discrete else classes[name]
+        nets |= {"net_arch": list(task.net_arch)}
+        self.model: Any = algorithm(policy, self.env, seed=seed, device="cpu", policy_kwargs=nets, **settings)
         if floor:
             self.model.floor = floor
-        self.settings, self.kept = settings | {"floor": floor}, KeepBoundRate()
 
     def train(self, steps: int) -> None:
         self.model.learn_offline(self.dataset, steps, callback=self.kept, log_interval=0)

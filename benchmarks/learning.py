@@ -57,12 +57,27 @@ GRIDS = {
         ("calql", "calql:return_tail=zero", "calql:return_tail=none", "calql:floor=50.0", "calql:floor=200.0", "cql"),
         n_seeds=3,
     ),
+    "pendulum-modern": Grid(
+        "pendulum",
+        (
+            "cql",
+            "cql:layer_norm=True",
+            "cql:n_critics=10",
+            "cql:n_critics=10,n_target_critics=2",
+            "cql:batch_size=1024",
+            "cql:batch_size=1024,layer_norm=True,learning_rate=2e-3",
+        ),
+        n_seeds=3,
+    ),
     "cartpole": Grid(
         "cartpole",
         ("cql", "calql", "cql:cql_alpha=0.0", "d3rlpy-cql", "d3rlpy-dqn", "d3rlpy-bc"),
         online=("cql", "calql", "cql:cql_alpha=0.0", "d3rlpy-cql"),
     ),
     "halfcheetah-replay": Grid("halfcheetah-replay", CONTINUOUS, n_seeds=3),
+    "halfcheetah-modern": Grid(
+        "halfcheetah-replay", ("cql", "cql:layer_norm=True", "cql:n_critics=4,n_target_critics=2"), n_seeds=3
+    ),
     "halfcheetah-medium-expert": Grid("halfcheetah-medium-expert", ("cql", "d3rlpy-bc"), n_seeds=3),
     "door-human": Grid("door-human", CONTINUOUS, online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql"), n_seeds=3),
     "pen-expert": Grid("pen-expert", CONTINUOUS, n_seeds=3),

@@ -101,7 +101,19 @@ def test_arms(learning: ModuleType) -> None:
         assert set(grid.online) <= set(grid.arms), name
 
 
-@pytest.mark.parametrize("arm", ["cql", "calql:floor=5.0", "sac", "d3rlpy-cql", "d3rlpy-calql", "d3rlpy-iql", "d3rlpy-bc"])
+@pytest.mark.parametrize(
+    "arm",
+    [
+        "cql",
+        "cql:layer_norm=True,n_critics=3,n_target_critics=2",
+        "calql:floor=5.0",
+        "sac",
+        "d3rlpy-cql",
+        "d3rlpy-calql",
+        "d3rlpy-iql",
+        "d3rlpy-bc",
+    ],
+)
 def test_every_arm_goes_on_from_its_checkpoint(arm: str, learning: ModuleType, tmp_path: Path) -> None:
     import learners
     from tasks import TASKS
