@@ -1,0 +1,144 @@
+"""The Zoo's experiment with a dataset: offline gradient steps first, then the Zoo's own loop."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
+
+from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari, from_npz
+from cql_plugins.sb3.offline import OfflineMixin
+from cql_plugins.sb3.wrappers import ScaleReward
+
+HYPERPARAMS = Path(__file__).parent / "hyperparams"
+
+
+def read_dataset(file_or_id: str) -> OfflineDataset:
+    """Read a dataset by what its name says: ``.hdf5`` is D4RL's layout, ``.npz`` an archive, all else a Minari id.
+
+    Args:
+        file_or_id: Path or id. A Minari set that is not on this machine is downloaded.
+
+    Raises:
+        DatasetError: If it is refused.
+        ImportError: Without the extra that reads it.
+    """
+    path = Path(file_or_id)
+    if path.suffix in (".hdf5", ".h5"):
+        return from_d4rl(path)
+    return from_npz(path) if path.suffix == ".npz" else from_minari(file_or_id, download=True)
+
+
+class OfflineExperimentManager(ExperimentManager):
+    """The Zoo's experiment manager, which also knows our YAML files and two more keys in them.
+
+    ``dataset`` (see :func:`read_dataset`) is learned from for ``offline_steps`` gradient steps before ``n_timesteps``
+    environment steps, 0 for none, and stays part of each batch as ``offline_fraction`` says. A ``cql_plugins.sb3.ScaleReward``
+    among the YAML file's ``env_wrapper`` scales the dataset's rewards, too. Evaluations of the offline phase have negative time
+    steps in ``evaluations.npz``: gradient steps before the switch.
+    """
+
+    from_command_line: ClassVar[dict[str, Any]] = {}
+    """``dataset`` and ``offline_steps`` as the user gave them: they win over the YAML file's."""
+
+    def __init__(self, args: Any, algo: str, *rest: Any, **kwargs: Any) -> None:
+        self.dataset: OfflineDataset | None = None
+        self.offline_steps = 0
+        super().__init__(args, algo, *rest, **kwargs)
+        own = HYPERPARAMS / f"{algo}.yml"
+        if not kwargs.get("config") and own.is_file():
+            self.config = str(own)
+        self._offline_only = self.n_timesteps == 0
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], OrderedDict[str, Any]]:
+        """Read the YAML file, then the command line; both values of a dataset are saved in ``config.yml``."""
+        hyperparams, saved = super().read_hyperparameters()
+        for values in (hyperparams, saved):
+            values.update(self.from_command_line)
+        if "dataset" not in saved:
+            saved.pop("offline_steps", None)
+        for name in sorted(saved):  # as the Zoo keeps them
+            saved.move_to_end(name)
+        return hyperparams, saved
+
+    def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> tuple[Any, ...]:
+        name, steps = hyperparams.pop("dataset", None), int(hyperparams.pop("offline_steps", 0))
+        if name is None and self.from_command_line.get("offline_steps"):
+            raise ValueError("--offline-steps: expected --dataset beside it, got none; say what to learn from.")
+        if name is not None:
+            if not issubclass(ALGOS[self.algo], OfflineMixin):
+                raise ValueError(f"--dataset: {self.algo} cannot learn from logged data; take --algo cql or another of ours.")
+            self.dataset = _scaled_like(hyperparams.get("env_wrapper"), read_dataset(name))
+            self.offline_steps = steps
+            if self.continue_training:  # What it has learnt offline it need not learn again.
+                self.offline_steps = int(self.from_command_line.get("offline_steps", 0))
+        prepared = super()._preprocess_hyperparams(hyperparams)
+        if self._offline_only:
+            self.n_timesteps = 0
+        return prepared
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        """Learn from the dataset, then from the environment.
+
+        Args:
+            model: A new model, or one that goes on.
+        """
+        if self.dataset is not None:
+            assert isinstance(model, OfflineMixin)
+            interval = {"log_interval": self.log_interval} if self.log_interval > 0 else {}
+            try:
+                model.learn_offline(self.dataset, self.offline_steps, callback=self.callbacks or None, **interval)
+            except KeyboardInterrupt:  # As the Zoo has it: the model is saved as it is.
+                return
+            for callback in self.callbacks:
+                if isinstance(callback, EvalCallback) and self.n_timesteps:
+                    callback.evaluations_timesteps = [step - self.offline_steps for step in callback.evaluations_timesteps]
+        super().learn(model)
+
+    def hyperparameters_optimization(self) -> None:
+        """Search as the Zoo does; each trial learns offline first, and its evaluations begin there."""
+        algorithm = ALGOS[self.algo]
+        if self.dataset is None:
+            super().hyperparameters_optimization()
+            return
+        # A trial's time is one number for the Zoo: both phases together.
+        options = {"trial_dataset": self.dataset, "trial_offline_steps": self.offline_steps}
+        ALGOS[self.algo] = type(algorithm.__name__, (_Trial, algorithm), options)
+        self.n_timesteps += self.offline_steps
+        try:
+            super().hyperparameters_optimization()
+        finally:
+            ALGOS[self.algo] = algorithm
+            self.n_timesteps -= self.offline_steps
+
+
+class _Trial:
+    """A model of a search: its time starts with offline gradient steps."""
+
+    trial_dataset: OfflineDataset
+    trial_offline_steps: int
+
+    def learn(self, total_timesteps: int, callback: Any = None, **kwargs: Any) -> Any:
+        learner: Any = super()
+        listener: list[BaseCallback] = callback if isinstance(callback, list) else [callback]
+        learner.learn_offline(self.trial_dataset, self.trial_offline_steps, callback=CallbackList(listener), log_interval=0)
+        if not any(getattr(one, "is_pruned", False) for one in listener):
+            learner.learn(total_timesteps - self.trial_offline_steps, callback=callback, **kwargs)
+        return self
+
+
+def _scaled_like(env_wrapper: Any, dataset: OfflineDataset) -> OfflineDataset:
+    """Give a dataset the rewards that the YAML file's wrappers give."""
+    for entry in env_wrapper if isinstance(env_wrapper, list) else [env_wrapper]:
+        for name, arguments in entry.items() if isinstance(entry, dict) else ((entry, {}),):
+            if str(name).rpartition(".")[2] == ScaleReward.__name__:
+                dataset = dataset.scale_rewards(**arguments)
+    return dataset
+
+
+__all__ = ["HYPERPARAMS", "OfflineExperimentManager", "read_dataset"]

@@ -1,0 +1,209 @@
+"""`python -m cql_plugins.zoo`: RL Zoo's scripts with our algorithms, on logged data first."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+pytest.importorskip("rl_zoo3")
+
+import rl_zoo3
+import yaml
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+
+from cql_plugins import sb3
+from cql_plugins.sb3 import CQL, CalQL
+from cql_plugins.sb3.presets import PRESETS
+from cql_plugins.zoo import HOSTS, register
+from cql_plugins.zoo.manager import HYPERPARAMS, OfflineExperimentManager, _scaled_like, read_dataset
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::ResourceWarning"
+)  # the Zoo's, Optuna's and matplotlib's
+SHORT = ["--eval-freq", "20", "--eval-episodes", "1", "--seed", "1", "-params", "learning_starts:5", "batch_size:8"]
+
+
+@pytest.fixture(autouse=True)
+def _untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(OfflineExperimentManager, "from_command_line", {})
+    monkeypatch.setattr(rl_zoo3.exp_manager, "ExperimentManager", rl_zoo3.exp_manager.ExperimentManager)
+    for table in (rl_zoo3.ALGOS, HYPERPARAMS_SAMPLER, HYPERPARAMS_CONVERTER):
+        for name in HOSTS:
+            monkeypatch.setitem(table, name, None)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> str:
+    """Two episodes of Pendulum with random actions."""
+    env = gym.make("Pendulum-v1")
+    env.action_space.seed(0)
+    columns: dict[str, list[Any]] = {name: [] for name in ("observations", "actions", "rewards", "next_observations")}
+    for episode in range(2):
+        observation, _ = env.reset(seed=episode)
+        for _ in range(200):
+            action = env.action_space.sample()
+            following, reward, *_ = env.step(action)
+            for name, value in zip(columns, (observation, action, reward, following), strict=True):
+                columns[name].append(value)
+            observation = following
+    flags = {"terminals": np.zeros(400, bool), "timeouts": np.arange(400) % 200 == 199}
+    np.savez(tmp_path / "log.npz", **{name: np.array(values) for name, values in columns.items()}, **flags)
+    return str(tmp_path / "log.npz")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["zoo", *arguments])
+    runpy.run_module("cql_plugins.zoo", run_name="__main__")
+
+
+def train(monkeypatch: pytest.MonkeyPatch, *arguments: str, algo: str = "cql", env: str = "Pendulum-v1") -> Path:
+    run(monkeypatch, "train", "--algo", algo, "--env", env, "-f", "logs", *SHORT, *arguments)
+    return max(Path("logs", algo).iterdir(), key=lambda path: path.stat().st_mtime)
+
+
+@pytest.mark.parametrize("algo", ["cql", "calqltqc"])
+def test_trains_offline_then_online_then_goes_on(algo: str, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = train(monkeypatch, "--dataset", log, "--offline-steps", "40", "-n", "60", "--save-replay-buffer", algo=algo)
+    config = yaml.unsafe_load((folder / "Pendulum-v1" / "config.yml").read_text())
+    assert (config["dataset"], config["offline_steps"]) == (log, 40)
+    assert list(config) == sorted(config)
+    evaluations = np.load(folder / "evaluations.npz")
+    assert evaluations["timesteps"].tolist() == [-20, 0, 20, 40, 60], "before 0: gradient steps on the data"
+    register()
+    model: Any = rl_zoo3.ALGOS[algo].load(folder / "Pendulum-v1.zip")
+    assert (model._n_offline_steps, model.num_timesteps, model._n_updates) == (40, 60, 40 + 55)
+    again = train(
+        monkeypatch, "--dataset", log, "-n", "30", "-i", str(folder / "Pendulum-v1.zip"), algo=algo
+    )
+    resumed: Any = rl_zoo3.ALGOS[algo].load(again / "Pendulum-v1.zip")
+    assert resumed._n_offline_steps == 40, "the data is in its batches; it is not learnt anew"
+    assert resumed._n_updates > model._n_updates
+    more = train(
+        monkeypatch, "--dataset", log, "-n", "0", "--offline-steps", "7", "-i", str(folder / "Pendulum-v1.zip"), algo=algo
+    )
+    assert rl_zoo3.ALGOS[algo].load(more / "Pendulum-v1.zip")._n_offline_steps == 47
+
+
+def test_offline_alone_and_enjoy_and_plot(log: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    folder = train(monkeypatch, "--dataset", log, "--offline-steps", "40", "-n", "0")
+    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [20, 40]
+    assert CQL.load(folder / "Pendulum-v1.zip").num_timesteps == 0
+    capsys.readouterr()
+    run(monkeypatch, "enjoy", "--algo", "cql", "--env", "Pendulum-v1", "-f", "logs", "--no-render", "-n", "200", "--seed", "2")
+    out = capsys.readouterr().out
+    assert "Loading logs/cql/Pendulum-v1_1/Pendulum-v1.zip" in out
+    assert "Episode Length 200" in out
+
+
+def test_a_dataset_changes_what_is_learnt(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_data = train(monkeypatch, "--dataset", log, "--offline-steps", "5", "-n", "10")
+    without = train(monkeypatch, "-n", "10")
+    assert "dataset" not in yaml.unsafe_load((without / "Pendulum-v1" / "config.yml").read_text())
+    first, second = (CQL.load(folder / "Pendulum-v1.zip") for folder in (with_data, without))
+    assert (first._n_offline_steps, second._n_offline_steps) == (5, 0)
+    assert second.num_timesteps == 10
+
+
+@pytest.mark.parametrize("n_timesteps", ["0", "40"])
+def test_tuning(n_timesteps: str, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int, float]] = []
+    learn_offline = CQL.learn_offline
+
+    def watched(self: Any, dataset: Any, steps: int, *args: Any, **kwargs: Any) -> Any:
+        seen.append((len(dataset), steps, self.cql_alpha))
+        return learn_offline(self, dataset, steps, *args, **kwargs)
+
+    monkeypatch.setattr(CQL, "learn_offline", watched)
+    run(
+        monkeypatch, "train", "--algo", "cql", "--env", "Pendulum-v1", "-f", "logs", "--seed", "1", "-n", n_timesteps,
+        "--dataset", log, "--offline-steps", "20", "-optimize", "--n-trials", "3", "--n-evaluations", "2",
+        "--eval-episodes", "1", "--sampler", "random", "--pruner", "none", "--no-optim-plots",
+    )  # fmt: skip
+    (report,) = Path("logs", "cql").glob("report_*.csv")
+    lines = report.read_text().splitlines()
+    assert len(lines) == 4
+    assert "params_cql_alpha" in lines[0]
+    assert [row[:2] for row in seen] == [(400, 20)] * 3
+    assert len({row[2] for row in seen}) == 3
+    assert all(0.1 <= row[2] <= 20.0 for row in seen)
+    assert rl_zoo3.ALGOS["cql"] is CQL, "the class of the trials is gone"
+
+
+def yaml_entries(algo: str) -> dict[str, dict[str, Any]]:
+    return yaml.safe_load((HYPERPARAMS / f"{algo}.yml").read_text())
+
+
+FAMILIES = [
+    ("cql", "HalfCheetah-v5", "locomotion"), ("cql", "Ant-v5", "locomotion"), ("cql", "AdroitHandDoor-v1", "adroit-human"),
+    ("calql", "AntMaze_UMaze-v5", "antmaze"), ("cql", "PointMaze_Large-v3", "antmaze"),
+    ("calql", "PointMaze_UMaze-v3", "antmaze"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("algo", "env", "family"), FAMILIES)
+def test_published_settings(algo: str, env: str, family: str) -> None:
+    entry, preset = yaml_entries(algo)[env], PRESETS[family]
+    algorithm = {"cql": CQL, "calql": CalQL}[algo]
+    expected = preset.arguments(algorithm)
+    found = {name: entry[name] for name in expected if name != "policy_kwargs"}
+    found["cql_clip_diff"] = tuple(found["cql_clip_diff"]) if "cql_clip_diff" in found else None
+    assert found == {"cql_clip_diff": None} | {name: value for name, value in expected.items() if name != "policy_kwargs"}
+    assert eval(entry["policy_kwargs"]) == expected["policy_kwargs"]
+    assert entry["offline_steps"] == preset.offline_steps
+    normalized = eval(entry.get("normalize", "dict(norm_obs=False)"))
+    assert normalized["norm_obs"] == preset.normalize_observations
+    assert not normalized.get("norm_reward", False)
+    (scale,) = entry.get("env_wrapper", [{"": {"scale": 1.0, "shift": 0.0}}])[0].values()
+    assert (scale["scale"], scale["shift"]) == (preset.reward_scale, preset.reward_shift)
+
+
+@pytest.mark.parametrize("algo", ["cqlqrdqn", "calqlqrdqn"])
+def test_published_settings_of_atari(algo: str) -> None:
+    entry, expected = yaml_entries(algo)["atari"], dict(PRESETS["atari-10"].values)
+    assert eval(entry["policy_kwargs"]) == expected.pop("policy_kwargs")
+    assert {name: entry[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("algo", sorted(HOSTS))
+def test_every_entry_makes_a_model(algo: str) -> None:
+    import inspect
+
+    register()
+    assert rl_zoo3.ALGOS[algo] is getattr(sb3, HOSTS[algo][0])
+    taken = inspect.signature(rl_zoo3.ALGOS[algo]).parameters
+    of_the_zoo = {"n_timesteps", "offline_steps", "normalize", "env_wrapper", "frame_stack"}
+    entries = yaml_entries(algo)
+    assert "default" in entries
+    for env, entry in entries.items():
+        assert set(entry) - of_the_zoo <= set(taken), env
+
+
+def test_rewards_are_scaled_like_the_environment(log: str) -> None:
+    dataset = read_dataset(log)
+    scaled = _scaled_like([{"cql_plugins.sb3.ScaleReward": {"scale": 10.0, "shift": -5.0}}], dataset)
+    np.testing.assert_allclose(scaled.rewards, 10.0 * dataset.rewards - 5.0)
+    for other in (None, "gymnasium.wrappers.FlattenObservation", ["gymnasium.wrappers.FlattenObservation"]):
+        assert _scaled_like(other, dataset) is dataset
+
+
+def test_refusals(log: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match=r"expected SCRIPT to be one of train, enjoy.*; got 'trian'"):
+        run(monkeypatch, "trian")
+    with pytest.raises(SystemExit, match="got nothing"):
+        run(monkeypatch)
+    with pytest.raises(ValueError, match="--offline-steps: expected --dataset beside it"):
+        train(monkeypatch, "--offline-steps", "3")
+    with pytest.raises(ValueError, match="--dataset: sac cannot learn from logged data; take --algo cql"):
+        train(monkeypatch, "--dataset", log, algo="sac")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "train", "--help")
+    out = capsys.readouterr().out
+    assert "--offline-steps N" in out
+    assert "--optimize-hyperparameters" in out
