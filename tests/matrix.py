@@ -82,6 +82,7 @@ OF_EXTRA = {
     "contrib": ("tests/sb3", "tests/test_packaging.py", "tests/test_readme.py"),
     "d3rlpy": D3RLPY,
     **dict.fromkeys(("arrow", "d4rl", "minari", "robotics"), DATA),
+    "zoo": ("tests/test_zoo.py",),
     **dict.fromkeys(("onnx", "progress", "tensorboard"), SHOWING),
     "plots": (*SHOWING, "tests/test_plots.py"),
 }

@@ -173,6 +173,74 @@ def test_d3rlpy_baselines(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("sac_to_cql", ["--gradient-steps", "3", "--timesteps", "3", "--out", "{out}"], "mean return"),
+        ("d3rlpy_to_sb3", ["--gradient-steps", "3", "--timesteps", "8"], "after SB3"),
+        ("vec_normalize", ["--gradient-steps", "3"], "observations normalised: mean return"),
+        ("images", ["--gradient-steps", "2", "--episodes", "3"], "of 20; the log's is"),
+        ("goals_her", ["--gradient-steps", "2"], "goals in hindsight: mean return"),
+        ("custom_network", ["--gradient-steps", "3"], "SiLU()"),
+        ("tracking", ["--gradient-steps", "4", "--timesteps", "65", "--eval-freq", "4", "--out", "{out}"], "CalQL_offline_1"),
+    ],
+)
+def test_recipe(
+    name: str,
+    arguments: list[str],
+    said: str,
+    quickstart: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if name == "d3rlpy_to_sb3":
+        pytest.importorskip("cql_plugins.d3rlpy", exc_type=ImportError)
+    if name == "tracking":
+        pytest.importorskip("tensorboard")
+    monkeypatch.setitem(sys.modules, "quickstart", quickstart)  # the script beside it
+    monkeypatch.chdir(tmp_path)
+    result = load_example(name).main([argument.format(out=tmp_path) for argument in arguments])
+    assert said in capsys.readouterr().out
+    if name == "tracking":
+        assert [path.parent.name for path in result] == ["CalQL_1", "CalQL_offline_1"]
+    elif name == "vec_normalize":
+        assert set(result) == {"as they are", "normalised"}
+    elif name == "goals_her":
+        assert result["as logged"] != result["in hindsight"]
+
+
+def test_sweep_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match="pip install ray"):
+        load_example("sweep_ray").main([])
+
+
+def test_images_of_a_dot_need_two_frames() -> None:
+    """The environment is what the recipe says: a frame alone does not tell the speed."""
+    from gymnasium.utils.env_checker import check_env
+
+    example = load_example("images")
+    env = example.Dot()
+    check_env(env, skip_render_check=True)
+    env.reset(seed=0)
+    env.place, env.speed = 0.5, 0.1
+    frame = env._frame()
+    env.speed = -0.1
+    np.testing.assert_array_equal(frame, env._frame())
+    assert frame.sum() == 6 * 5 * 255
+    assert example.make_log(3).episode_returns.mean() > 5.0
+
+
+def test_goals_are_rewarded_where_they_are() -> None:
+    from gymnasium.utils.env_checker import check_env
+
+    example = load_example("goals_her")
+    env = example.Reach()
+    check_env(env, skip_render_check=True)
+    assert env.compute_reward(np.zeros((2, 2)), np.array([[0.1, 0.1], [0.2, 0.0]]), None).tolist() == [0.0, -1.0]
+
+
+@pytest.mark.parametrize(
     ("argument", "said"),
     [("D4RL/door/human-v2", "minari download D4RL/door/human-v2"), ("absent.hdf5", "absent.hdf5: expected an HDF5 file")],
 )

@@ -20,7 +20,7 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from cql_plugins import sb3
 from cql_plugins.sb3 import CQL, CalQL
 from cql_plugins.sb3.presets import PRESETS
-from cql_plugins.zoo import HOSTS, register
+from cql_plugins.zoo import ALGOS, register
 from cql_plugins.zoo.manager import HYPERPARAMS, OfflineExperimentManager, _scaled_like, read_dataset
 
 pytestmark = pytest.mark.filterwarnings(
@@ -35,7 +35,7 @@ def _untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(OfflineExperimentManager, "from_command_line", {})
     monkeypatch.setattr(rl_zoo3.exp_manager, "ExperimentManager", rl_zoo3.exp_manager.ExperimentManager)
     for table in (rl_zoo3.ALGOS, HYPERPARAMS_SAMPLER, HYPERPARAMS_CONVERTER):
-        for name in HOSTS:
+        for name in ALGOS:
             monkeypatch.setitem(table, name, None)
 
 
@@ -79,9 +79,7 @@ def test_trains_offline_then_online_then_goes_on(algo: str, log: str, monkeypatc
     register()
     model: Any = rl_zoo3.ALGOS[algo].load(folder / "Pendulum-v1.zip")
     assert (model._n_offline_steps, model.num_timesteps, model._n_updates) == (40, 60, 40 + 55)
-    again = train(
-        monkeypatch, "--dataset", log, "-n", "30", "-i", str(folder / "Pendulum-v1.zip"), algo=algo
-    )
+    again = train(monkeypatch, "--dataset", log, "-n", "30", "-i", str(folder / "Pendulum-v1.zip"), algo=algo)
     resumed: Any = rl_zoo3.ALGOS[algo].load(again / "Pendulum-v1.zip")
     assert resumed._n_offline_steps == 40, "the data is in its batches; it is not learnt anew"
     assert resumed._n_updates > model._n_updates
@@ -131,7 +129,7 @@ def test_tuning(n_timesteps: str, log: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(lines) == 4
     assert "params_cql_alpha" in lines[0]
     assert [row[:2] for row in seen] == [(400, 20)] * 3
-    assert len({row[2] for row in seen}) == 3
+    assert len({row[2] for row in seen}) == 3, "each trial has a weight of its own"
     assert all(0.1 <= row[2] <= 20.0 for row in seen)
     assert rl_zoo3.ALGOS["cql"] is CQL, "the class of the trials is gone"
 
@@ -171,12 +169,12 @@ def test_published_settings_of_atari(algo: str) -> None:
     assert {name: entry[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("algo", sorted(HOSTS))
+@pytest.mark.parametrize("algo", sorted(ALGOS))
 def test_every_entry_makes_a_model(algo: str) -> None:
     import inspect
 
     register()
-    assert rl_zoo3.ALGOS[algo] is getattr(sb3, HOSTS[algo][0])
+    assert rl_zoo3.ALGOS[algo] is getattr(sb3, ALGOS[algo])
     taken = inspect.signature(rl_zoo3.ALGOS[algo]).parameters
     of_the_zoo = {"n_timesteps", "offline_steps", "normalize", "env_wrapper", "frame_stack"}
     entries = yaml_entries(algo)

@@ -37,7 +37,7 @@ def main() -> None:
         ours.add_argument(
             "--dataset",
             metavar="FILE_OR_ID",
-            help="logged data: a D4RL file (.hdf5), an archive (.npz), or a Minari set's id; learned from before the environment",
+            help="logged data: a D4RL file (.hdf5), an archive (.npz), or a Minari set's id; learned from first",
         )
         ours.add_argument("--offline-steps", type=int, metavar="N", help="gradient steps on it; default: the YAML file's")
         if {"-h", "--help"} & set(sys.argv):
