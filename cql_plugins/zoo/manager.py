@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,15 +54,12 @@ class OfflineExperimentManager(ExperimentManager):
             self.config = str(own)
         self._offline_only = self.n_timesteps == 0
 
-    def read_hyperparameters(self) -> tuple[dict[str, Any], OrderedDict[str, Any]]:
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read the YAML file, then the command line; both values of a dataset are saved in ``config.yml``."""
+        self.custom_hyperparams = {**(self.custom_hyperparams or {}), **self.from_command_line}
         hyperparams, saved = super().read_hyperparameters()
-        for values in (hyperparams, saved):
-            values.update(self.from_command_line)
         if "dataset" not in saved:
             saved.pop("offline_steps", None)
-        for name in sorted(saved):  # as the Zoo keeps them
-            saved.move_to_end(name)
         return hyperparams, saved
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> tuple[Any, ...]:
