@@ -16,14 +16,15 @@ DEV_EXTRAS := all,dev
 # `make quickstart` installs less than the tests need, but takes the full environment where there is one.
 RUN_STAMP := $(if $(wildcard $(VENV)/.dev),$(VENV)/.dev,$(VENV)/.quickstart)
 
-.PHONY: help venv test slow fuzz coverage lint types arrows wheel check matrix format quickstart bench clean
+.PHONY: help venv test slow fuzz coverage lint types arrows wheel docs check matrix format quickstart bench clean
 
 help:
 	@echo "make quickstart  make data, train on it offline with SAC, CQL and Cal-QL, fine-tune online, draw the figure"
 	@echo "make test        the default test suite"
 	@echo "make slow        the tests that train for minutes"
 	@echo "make fuzz        10,000 hostile files for each reader, minutes; FUZZ_ARGS=\"npz --cases 500\" for less"
-	@echo "make check       format, lint, types, import arrows, the wheel, then the tests"
+	@echo "make check       format, lint, types, import arrows, the wheel, the documentation, then the tests"
+	@echo "make docs        the documentation, in site/; any warning is an error"
 	@echo "make format      rewrite the code as the format check wants it"
 	@echo "make coverage    the default suite with branch coverage"
 	@echo "make bench       the speed measurements of benchmarks/"
@@ -53,6 +54,10 @@ $(VENV)/.quickstart: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[$(DEV_EXTRAS)]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[docs]"
 	@touch $@
 
 test: venv
@@ -87,7 +92,11 @@ wheel: venv
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python tests/check_wheel.py dist/*.whl
 
-check: lint types arrows wheel test
+# The variable silences the theme's advertisement of its successor.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: lint types arrows wheel docs test
 
 # Environments of its own, in .matrix; a second call goes on where the first was cut off.
 matrix: $(VENV)/bin/python
@@ -100,5 +109,5 @@ bench: venv
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) .matrix build dist *.egg-info .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .matrix build dist site *.egg-info .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

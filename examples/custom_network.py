@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 import torch as th
-from quickstart import SAC_ARGUMENTS, Bridge, make_log  # the script beside this one
+from quickstart import CQL_ARGUMENTS, SAC_ARGUMENTS, Bridge, make_log  # the script beside this one
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> float:
         "optimizer_kwargs": {"weight_decay": 1e-4},
     }
     options = SAC_ARGUMENTS | {"policy_kwargs": networks}
-    model = CQL("MlpPolicy", make_vec_env(Bridge, seed=0), seed=0, cql_alpha=1.0, **options)
+    model = CQL("MlpPolicy", make_vec_env(Bridge, seed=0), seed=0, **options, **CQL_ARGUMENTS)
     model.learn_offline(make_log(seed=0), arguments.gradient_steps)
     mean, _ = evaluate_policy(model, make_vec_env(Bridge, n_envs=10, seed=1), n_eval_episodes=20)
     print(model.critic.qf0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from quickstart import SAC_ARGUMENTS, Bridge, make_log  # the script beside this one
+from quickstart import CQL_ARGUMENTS, SAC_ARGUMENTS, Bridge, make_log  # the script beside this one
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> float:
     arguments = parser.parse_args(argv)
 
     env = make_vec_env(Bridge, seed=0)
-    model = CQL("MlpPolicy", env, seed=0, cql_alpha=1.0, **SAC_ARGUMENTS)  # <-- was: SAC(...)
+    model = CQL("MlpPolicy", env, seed=0, **SAC_ARGUMENTS, **CQL_ARGUMENTS)  # <-- was: SAC(...)
     model.learn_offline(make_log(seed=0), arguments.gradient_steps)  # <-- new
     model.learn(arguments.timesteps)
 

@@ -21,14 +21,15 @@ def score(alpha: float, seed: int, gradient_steps: int) -> float:
     """Train one model; returns the mean return of 20 walks, 10 for an arrival. Runs in a worker."""
     sys.path.insert(0, HERE)
     import torch as th
-    from quickstart import SAC_ARGUMENTS, Bridge, make_log
+    from quickstart import CQL_ARGUMENTS, SAC_ARGUMENTS, Bridge, make_log
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
 
     from cql_plugins.sb3 import CQL
 
     th.set_num_threads(1)
-    model = CQL("MlpPolicy", make_vec_env(Bridge, seed=seed), seed=seed, cql_alpha=alpha, **SAC_ARGUMENTS)
+    options = SAC_ARGUMENTS | CQL_ARGUMENTS | {"cql_alpha": alpha}
+    model = CQL("MlpPolicy", make_vec_env(Bridge, seed=seed), seed=seed, **options)
     model.learn_offline(make_log(seed=0), gradient_steps)
     mean, _ = evaluate_policy(model, make_vec_env(Bridge, n_envs=10, seed=1), n_eval_episodes=20)
     return float(mean)

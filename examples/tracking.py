@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from quickstart import SAC_ARGUMENTS, Bridge, make_log  # the script beside this one
+from quickstart import CQL_ARGUMENTS, SAC_ARGUMENTS, Bridge, make_log  # the script beside this one
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.env_util import make_vec_env
 
@@ -39,10 +39,9 @@ def main(argv: list[str] | None = None) -> list[Path]:
         "MlpPolicy",
         make_vec_env(Bridge, seed=0),
         seed=0,
-        cql_alpha=1.0,
-        max_q_backup=False,
         tensorboard_log=str(arguments.out / "tensorboard"),
         **SAC_ARGUMENTS,
+        **CQL_ARGUMENTS,
     )
     model.learn_offline(make_log(seed=0), arguments.gradient_steps, callback=CallbackList(callbacks), log_interval=100)
     model.learn(arguments.timesteps, callback=CallbackList(callbacks))

@@ -10,7 +10,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from quickstart import SAC_ARGUMENTS, Bridge, make_log  # the script beside this one
+from quickstart import CQL_ARGUMENTS, SAC_ARGUMENTS, Bridge, make_log  # the script beside this one
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         env, walks = (make_vec_env(Bridge, n, seed=n, wrapper_class=OddUnits) for n in (1, 10))
         if name == "normalised":
             env = VecNormalize(env, norm_reward=False)
-        model = CQL("MlpPolicy", env, seed=0, cql_alpha=1.0, **SAC_ARGUMENTS)
+        model = CQL("MlpPolicy", env, seed=0, **SAC_ARGUMENTS, **CQL_ARGUMENTS)
         model.learn_offline(odd_log(), arguments.gradient_steps)
         if isinstance(env, VecNormalize):
             print(f"mean of the observations {env.obs_rms.mean}, from {env.obs_rms.count:,.0f} logged steps")

@@ -330,7 +330,7 @@ def main() -> int:
     arguments.folder = arguments.folder.resolve()
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [extra for extra in project["optional-dependencies"] if extra not in ("all", "dev")]
+    extras = [extra for extra in project["optional-dependencies"] if extra not in ("all", "dev", "docs")]
     pythons = interpreters(arguments.python)
     code = fingerprint()
     chosen = [

@@ -28,7 +28,7 @@ def matrix(repo_root: Path) -> ModuleType:
 @pytest.fixture
 def extras(repo_root: Path) -> list[str]:
     project = tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [extra for extra in project["optional-dependencies"] if extra not in ("all", "dev")]
+    return [extra for extra in project["optional-dependencies"] if extra not in ("all", "dev", "docs")]
 
 
 def test_each_extra_is_alone_once_and_knows_its_tests(matrix: ModuleType, extras: list[str], repo_root: Path) -> None:

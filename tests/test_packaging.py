@@ -122,10 +122,10 @@ class TestMetadata:
                     on_disk.add(".".join((name, *inner)))
         assert set(pyproject["tool"]["setuptools"]["packages"]) == on_disk
 
-    def test_all_is_every_extra_but_dev(self, pyproject: dict) -> None:
+    def test_all_is_every_extra_but_those_for_development(self, pyproject: dict) -> None:
         extras = pyproject["project"]["optional-dependencies"]
         named = [extra for text in extras["all"] for extra in Requirement(text).extras]
-        assert sorted(named) == sorted(extras.keys() - {"all", "dev"})
+        assert sorted(named) == sorted(extras.keys() - {"all", "dev", "docs"})
 
     def test_constraints_pin_every_dependency_within_its_bounds(self, pyproject: dict, pins: dict[str, str]) -> None:
         project = pyproject["project"]
