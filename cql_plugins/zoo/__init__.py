@@ -33,7 +33,7 @@ def register() -> None:
         rl_zoo3.ALGOS[name] = getattr(sb3, class_name)
         HYPERPARAMS_SAMPLER[name] = sample_params
         HYPERPARAMS_CONVERTER[name] = convert_offpolicy_params
-    rl_zoo3.exp_manager.ExperimentManager = OfflineExperimentManager
+    setattr(rl_zoo3.exp_manager, "ExperimentManager", OfflineExperimentManager)  # noqa: B010 (mypy: a class is no variable)
 
 
 def sample_params(trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:

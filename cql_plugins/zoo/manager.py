@@ -86,9 +86,9 @@ class OfflineExperimentManager(ExperimentManager):
         """
         if self.dataset is not None:
             assert isinstance(model, OfflineMixin)
-            interval = {"log_interval": self.log_interval} if self.log_interval > 0 else {}
+            interval = self.log_interval if self.log_interval > 0 else 1000
             try:
-                model.learn_offline(self.dataset, self.offline_steps, callback=self.callbacks or None, **interval)
+                model.learn_offline(self.dataset, self.offline_steps, self.callbacks or None, log_interval=interval)
             except KeyboardInterrupt:  # As the Zoo has it: the model is saved as it is.
                 return
             for callback in self.callbacks:
