@@ -1,9 +1,9 @@
 """Readers and writers around one type, `OfflineDataset`.
 
 Readers (`from_minari`, `from_d4rl`, `from_arrays`, `from_npz`, `from_sb3`, `from_d3rlpy`) validate what comes in once and
-hand back an `OfflineDataset`; writers (`to_sb3`, `to_d3rlpy`, `to_minari`) turn one into a replay buffer or a stored
-data set; `to_sb3_model` and `to_d3rlpy_model` move trained models. Importing this package needs NumPy and Gymnasium
-only: each format's library is imported by the function that uses it.
+hand back an `OfflineDataset`; writers (`to_sb3`, `to_d3rlpy`, `to_minari`, `to_d4rl`, `to_npz`) turn one into a replay
+buffer or a stored data set; `to_sb3_model` and `to_d3rlpy_model` move trained models. Importing this package needs NumPy and
+Gymnasium only: each format's library is imported by the function that uses it.
 """
 
 from importlib import import_module
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cql_plugins.adapters._validation import DatasetError
-    from cql_plugins.adapters.arrays import from_arrays, from_npz
+    from cql_plugins.adapters.arrays import from_arrays, from_npz, to_npz
     from cql_plugins.adapters.d3rlpy import from_d3rlpy, to_d3rlpy
-    from cql_plugins.adapters.d4rl import from_d4rl
+    from cql_plugins.adapters.d4rl import from_d4rl, to_d4rl
     from cql_plugins.adapters.dataset import Episode, OfflineDataset, Transitions
     from cql_plugins.adapters.frames import StackedFrames
     from cql_plugins.adapters.minari import from_minari, to_minari
@@ -40,7 +40,9 @@ __all__ = [
     "reference_scores",
     "to_d3rlpy",
     "to_d3rlpy_model",
+    "to_d4rl",
     "to_minari",
+    "to_npz",
     "to_sb3",
     "to_sb3_model",
 ]
@@ -63,7 +65,9 @@ _HOMES = {
     "reference_scores": "scores",
     "to_d3rlpy": "d3rlpy",
     "to_d3rlpy_model": "models",
+    "to_d4rl": "d4rl",
     "to_minari": "minari",
+    "to_npz": "arrays",
     "to_sb3": "sb3",
     "to_sb3_model": "models",
 }

@@ -55,8 +55,12 @@ def reading_episode(source: str, episode: int, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def check_id(dataset_id: str) -> None:
+def check_id(dataset_id: str, source: str = "from_minari") -> None:
     """Refuse an id that would lead out of Minari's folder.
+
+    Args:
+        dataset_id: The id.
+        source: Source used in the message.
 
     Raises:
         DatasetError: If it has anything but words between slashes.
@@ -64,7 +68,7 @@ def check_id(dataset_id: str) -> None:
     if not _IDS.fullmatch(dataset_id):
         raise DatasetError(
             f"expected an id of words between slashes, such as 'D4RL/door/human-v2', got {dataset_id[:200]!r}",
-            source="from_minari",
+            source=source,
         )
 
 

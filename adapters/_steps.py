@@ -1,15 +1,19 @@
-"""From one row per step, the layout of most files, to the `T + 1` observations per episode of `OfflineDataset`."""
+"""From one row per step, the layout of most files, to the `T + 1` observations per episode of `OfflineDataset`, and back."""
 
+import math
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
 from cql_plugins.adapters._tree import Array, extremes, map_leaves, named_leaves, row_blocks, row_nbytes
+from cql_plugins.adapters._untrusted import MAX_DEPTH
 from cql_plugins.adapters._validation import (
     DatasetError,
     Flags,
@@ -165,6 +169,18 @@ def read_steps(
     return dataset, notes
 
 
+class ReadingWarning(UserWarning):
+    """What a reader decided, all in one warning.
+
+    Attributes:
+        notes: The decisions, one by one.
+    """
+
+    def __init__(self, source: str, notes: list[str]) -> None:
+        super().__init__(f"{source}: {'; '.join(notes)}.")
+        self.notes = tuple(notes)
+
+
 def announce(source: str, notes: list[str], stacklevel: int = 4) -> None:
     """Say in one warning what was decided while reading.
 
@@ -174,7 +190,7 @@ def announce(source: str, notes: list[str], stacklevel: int = 4) -> None:
         stacklevel: As in `warnings.warn`, chosen so that the warning points at the user's own line.
     """
     if notes:
-        warnings.warn(f"{source}: {'; '.join(notes)}.", UserWarning, stacklevel=stacklevel)
+        warnings.warn(ReadingWarning(source, notes), stacklevel=stacklevel)
 
 
 # Spaces ---------------------------------------------------------------------------------------------------------------
@@ -431,3 +447,118 @@ def _gather_observations(steps: Steps, layout: _Layout, allocate: Callable[[tupl
 
     following = steps.observations if steps.next_observations is None else steps.next_observations
     return map_leaves(gather, steps.observations, following)
+
+
+# The way back ---------------------------------------------------------------------------------------------------------
+
+OnProgress: TypeAlias = Callable[[float], None]
+"""Called with the share that is written, up to 1."""
+
+
+@dataclass(frozen=True)
+class StepColumn:
+    """One array with a row for each step, read from a data set in blocks.
+
+    Attributes:
+        name: Its field, with the keys of dict observations after slashes.
+        shape: Its shape.
+        dtype: Its dtype.
+        block_rows: Rows of each block; the last one may have fewer.
+        read: Gives the rows from a start to a stop.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    block_rows: int
+    read: Callable[[int, int], Array]
+
+    def blocks(self) -> Iterator[tuple[int, int, Array]]:
+        """Yield start, stop and the rows between them."""
+        for start in range(0, self.shape[0], self.block_rows):
+            stop = min(start + self.block_rows, self.shape[0])
+            yield start, stop, np.ascontiguousarray(self.read(start, stop))
+
+
+def step_columns(
+    dataset: OfflineDataset, source: str, names: FieldNames | None = None, progress: OnProgress | None = None
+) -> list[StepColumn]:
+    """Lay a data set out with one row per step, next observations and all: `read_steps` gives the same data set again.
+
+    Args:
+        dataset: The data set.
+        source: What it is written to, for messages.
+        names: What the target calls its fields.
+        progress: Called as the blocks are taken.
+
+    Raises:
+        DatasetError: If a key of dict observations cannot be a part of a name.
+    """
+    names = names or FieldNames()
+    n_steps, read_bytes = len(dataset), 0
+    columns: list[StepColumn] = []
+
+    def add(name: str, array: Any, read: Callable[[int, int], Array]) -> None:
+        n_bytes = row_nbytes(array)
+        rows = min(n_steps, next(stop for _, stop in row_blocks(n_steps, n_bytes)))
+
+        def reported(start: int, stop: int) -> Array:
+            nonlocal read_bytes
+            read_bytes += (stop - start) * n_bytes
+            if progress is not None:
+                progress(read_bytes / total)
+            return read(start, stop)
+
+        columns.append(StepColumn(name, (n_steps, *array.shape[1:]), np.dtype(array.dtype), rows, reported))
+
+    def add_observations(field: str, shift: int) -> None:
+        for name, leaf in _slashed(dataset.observations, field, source):
+
+            def read(start: int, stop: int, leaf: Any = leaf) -> Array:
+                rows: Array = leaf[dataset.observation_rows(np.arange(start, stop)) + shift]
+                return rows
+
+            add(name, leaf, read)
+
+    add_observations("observations", 0)
+    flat: dict[str, Array] = {
+        "actions": dataset.actions,
+        "rewards": dataset.rewards,
+        names.terminations: dataset.terminations,
+        names.truncations: dataset.truncations,
+    }
+    for name, array in flat.items():
+        add(name, array, lambda start, stop, array=array: array[start:stop])  # type: ignore[misc]
+    add_observations("next_observations", 1)
+    total = sum(math.prod(column.shape) * column.dtype.itemsize for column in columns)
+    return columns
+
+
+def _slashed(tree: Any, name: str, source: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of dict observations, named as in `observations/key`."""
+    if not isinstance(tree, Mapping):
+        yield name, tree
+        return
+    for key, branch in tree.items():
+        if not isinstance(key, str) or key in ("", ".", "..") or set(key) & {"/", "\0"} or depth == MAX_DEPTH:
+            raise DatasetError(
+                f"expected keys without slashes, nested at most {MAX_DEPTH} deep, got {key!r}",
+                source=source,
+                field=name,
+                hint="Store it with to_minari, or before flatten_observations",
+            )
+        yield from _slashed(branch, f"{name}/{key}", source, depth + 1)
+
+
+def check_free(path: "str | os.PathLike[str]", overwrite: bool) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        DatasetError: If there is, and it is not to be overwritten.
+    """
+    if not overwrite and os.path.lexists(path):
+        raise DatasetError(
+            "expected a name that is not taken, there is something",
+            source=str(Path(path)),
+            hint="Choose another name, or pass overwrite=True",
+        )

@@ -1,4 +1,4 @@
-"""Readers for arrays that are in memory, or in an `.npz` file."""
+"""Readers for arrays that are in memory, or in an `.npz` file, and the writer of such a file."""
 
 import contextlib
 import shutil
@@ -12,7 +12,16 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from cql_plugins.adapters._steps import Steps, announce, dataset_from_steps, read_steps
+from cql_plugins._files import whole_file
+from cql_plugins.adapters._steps import (
+    OnProgress,
+    Steps,
+    announce,
+    check_free,
+    dataset_from_steps,
+    read_steps,
+    step_columns,
+)
 from cql_plugins.adapters._storage import (
     Allocate,
     ColumnFiles,
@@ -286,3 +295,50 @@ def _collect(fields: Mapping[str, Any], name: str, source: str) -> Any:
             raise DatasetError("expected an array or arrays below this name, got both", source=source, field=key)
         branch[last] = value
     return tree or None
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def to_npz(
+    dataset: OfflineDataset,
+    path: "str | PathLike[str]",
+    *,
+    overwrite: bool = False,
+    progress: OnProgress | None = None,
+) -> None:
+    """Write a data set to an `.npz` file that `from_npz` reads back, every value and dtype; whole or not at all.
+
+    One row per step, with `next_observations`, so that the last observation of an episode is kept. Dict observations are
+    stored under `observations/key`. The file holds no date: with the same versions of Python and its zlib, equal data sets
+    give equal bytes.
+
+    The format does not hold spaces (pass them to `from_npz`), the name, the environment's id, reference returns, infos and
+    seeds. Rewards are stored as they are now, after `scale_rewards`. An end that its source did not flag is stored as a
+    truncation. Stacked frames are stored as the stacks they stand for.
+
+    Args:
+        dataset: The data set.
+        path: The file.
+        overwrite: Whether to replace what is there, once the new file is whole.
+        progress: Called with the share that is written, in `[0, 1]`.
+
+    Raises:
+        DatasetError: If the path is taken, or a key of dict observations is empty, a dot or two, or has a slash.
+        OSError: If the disk does not take it.
+    """
+    check_free(path, overwrite)
+    columns = step_columns(dataset, str(path), progress=progress)
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for column in columns:
+            member = zipfile.ZipInfo(f"{column.name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            member.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(member, "w", force_zip64=True) as stream:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(column.dtype),
+                    "fortran_order": False,
+                    "shape": column.shape,
+                }
+                np.lib.format.write_array_header_1_0(stream, header)
+                for _, _, block in column.blocks():
+                    stream.write(block.data)

@@ -1,16 +1,17 @@
-"""Reader for D4RL's raw layout; the d4rl package is not needed."""
+"""Reader and writer for D4RL's raw layout; the d4rl package is not needed."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from gymnasium import spaces
 
+from cql_plugins._files import whole_file
 from cql_plugins.adapters._hdf5 import PlainObjects, declared_bytes
-from cql_plugins.adapters._steps import FieldNames, Steps, announce, read_steps
+from cql_plugins.adapters._steps import FieldNames, OnProgress, Steps, announce, check_free, read_steps, step_columns
 from cql_plugins.adapters._storage import (
     Allocate,
     ColumnFiles,
@@ -31,6 +32,7 @@ from cql_plugins.adapters.scores import find_task
 _REQUIRED = ("observations", "actions", "rewards", "terminals")
 _OPTIONAL = ("timeouts", "next_observations")
 _LARGE = ("observations", "actions", "next_observations")
+_NAMES = FieldNames("terminals", "timeouts")
 _CHUNK_CACHE = 32 * 2**20
 """Bytes of chunks that h5py keeps unpacked, so that reading by small blocks does not unpack each chunk many times."""
 _WHOLE = "expected a complete HDF5 file, got one that cannot be read"
@@ -145,7 +147,7 @@ def _steps_of(fields: Mapping[str, Any], present: list[str], source: str) -> Ste
         truncations=fields.get("timeouts"),
         next_observations=fields.get("next_observations"),
         source=source,
-        names=FieldNames("terminals", "timeouts"),
+        names=_NAMES,
     )
 
 
@@ -157,6 +159,14 @@ def _leaves_unit_box(actions: Any) -> bool:
     return bool(max(high.max(), -low.min()) > 1.0)
 
 
+def _import_h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise require_extra("h5py", "d4rl", error) from error
+    return h5py
+
+
 @contextlib.contextmanager
 def _open_hdf5(source: str, *, streaming: bool) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Give the known fields of a file, and the names of all that it has.
@@ -164,11 +174,7 @@ def _open_hdf5(source: str, *, streaming: bool) -> Iterator[tuple[dict[str, Any]
     With `streaming` the observations and actions are read when they are asked for, inside the context.
     """
     n_bytes = check_regular_file(source, "an HDF5 file", source)
-    try:
-        import h5py
-    except ImportError as error:
-        raise require_extra("h5py", "d4rl", error) from error
-
+    h5py = _import_h5py()
     with contextlib.ExitStack() as stack:
         with parsing(_WHOLE, source, hint=_FETCH_AGAIN):
             file = stack.enter_context(h5py.File(source, "r", rdcc_nbytes=_CHUNK_CACHE))
@@ -197,3 +203,107 @@ def _load(data: Any) -> Any:
 def _same(data: Any) -> Any:
     """Leave a data set in its file."""
     return data
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def to_d4rl(
+    dataset: OfflineDataset,
+    path: "str | PathLike[str]",
+    *,
+    overwrite: bool = False,
+    progress: OnProgress | None = None,
+) -> None:
+    """Write a data set as an HDF5 file in D4RL's raw layout, which `from_d4rl` reads back, every value and dtype; whole or
+    not at all.
+
+    Fields are `observations`, `actions`, `rewards`, `terminals`, `timeouts` and `next_observations`, one row per step: without
+    the last one the observation at the end of an episode, and with it the last step of each truncated one, would be lost.
+    Dict observations, of which D4RL's own tools know nothing, become groups. The file holds no date: with the same versions of
+    HDF5 and its zlib, equal data sets give equal bytes.
+
+    The format does not hold spaces (`from_d4rl` takes observations as unbounded and actions as lying in [-1, 1] unless it is
+    given them), the environment's id, reference returns (looked up by the file's name), infos and seeds. Rewards are stored as
+    they are now, after `scale_rewards`. An end that its source did not flag is stored as a time-out. Stacked frames are stored
+    as the stacks they stand for.
+
+    Args:
+        dataset: The data set.
+        path: The file.
+        overwrite: Whether to replace what is there, once the new file is whole.
+        progress: Called with the share that is written, in `[0, 1]`.
+
+    Raises:
+        DatasetError: If the path is taken, or a key of dict observations is empty, a dot or two, or has a slash.
+        ImportError: If h5py is not installed.
+        OSError: If the disk does not take it.
+    """
+    h5py = _import_h5py()
+    check_free(path, overwrite)
+    columns = step_columns(dataset, str(path), _NAMES, progress)
+    with whole_file(path) as place:
+        unfailing = _Unfailing(place)
+        with h5py.File(unfailing, "w") as file:
+            for column in columns:
+                data = file.create_dataset(
+                    column.name,
+                    column.shape,
+                    column.dtype,
+                    chunks=(column.block_rows, *column.shape[1:]),  # each is packed once, as its block comes
+                    compression="gzip",
+                    shuffle=True,
+                    track_times=False,
+                )
+                for start, stop, block in column.blocks():
+                    data[start:stop] = block
+                    unfailing.check()
+        unfailing.check()
+
+
+class _Unfailing:
+    """A file that tells HDF5 nothing of a full disk or an interrupt, and keeps the error.
+
+    HDF5 writes much when objects go, where h5py can raise nothing, and after a write that failed it ends the process with a
+    segmentation fault.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file: Any = file
+        self._error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def _try(self, method: str, *args: Any, otherwise: int = 0) -> Any:
+        if self._error is None:
+            try:
+                return getattr(self._file, method)(*args)
+            except BaseException as error:  # Ctrl-C too
+                self._error = error
+        return otherwise
+
+    # What h5py calls.
+
+    def read(self, size: int = -1) -> Any:
+        return self._try("read", size) or b""
+
+    def readinto(self, buffer: Any) -> Any:
+        return self._try("readinto", buffer)
+
+    def write(self, data: Any) -> Any:
+        return self._try("write", data, otherwise=len(data))
+
+    def seek(self, offset: int, whence: int = 0) -> Any:
+        return self._try("seek", offset, whence, otherwise=offset)
+
+    def tell(self) -> Any:
+        return self._try("tell")
+
+    def truncate(self, size: int | None = None) -> Any:
+        return self._try("truncate", size)
+
+    def flush(self) -> Any:
+        return self._try("flush")

@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium import spaces
 
 from cql_plugins.adapters._minari_files import MinariFiles, check_id, reading_episode
-from cql_plugins.adapters._steps import announce
+from cql_plugins.adapters._steps import OnProgress, announce
 from cql_plugins.adapters._storage import Allocate, Origin, Storage, check_storage, fingerprint, in_memory, stored
 from cql_plugins.adapters._tree import Array, is_mapped, map_leaves, named_leaves, row_nbytes
 from cql_plugins.adapters._untrusted import check_memory, parsing
@@ -29,14 +29,14 @@ from cql_plugins.adapters._validation import (
     require_extra,
     resolve_both_flags,
 )
-from cql_plugins.adapters.dataset import OfflineDataset
+from cql_plugins.adapters.dataset import Episode, OfflineDataset
 
 if TYPE_CHECKING:
     from minari import MinariDataset
 
 
 def from_minari(
-    id_or_dataset: "str | MinariDataset",
+    id_or_dataset: "str | PathLike[str] | MinariDataset",
     download: bool = False,
     *,
     name: str | None = None,
@@ -56,8 +56,8 @@ def from_minari(
     it. Each of these is counted in a warning.
 
     Args:
-        id_or_dataset: An id such as `"D4RL/door/human-v2"`, or a `minari.MinariDataset` (also one that was filtered or
-            split).
+        id_or_dataset: An id such as `"D4RL/door/human-v2"`, a `pathlib.Path` to a data set's folder wherever it lies, or a
+            `minari.MinariDataset` (also one that was filtered or split).
         download: Fetch the id where it is not on disk.
         name: Name of the result; the id where not given.
         references: Returns of a random and of an expert policy; where not given those in the data set's metadata, then
@@ -76,9 +76,11 @@ def from_minari(
             missing, or the data is not valid; episode and row are named.
         ImportError: If Minari or what its storage needs is not installed.
     """
-    minari = _import_minari()
+    minari = import_minari()
     if isinstance(id_or_dataset, str):
         dataset, files = _load(minari, id_or_dataset, download)
+    elif isinstance(id_or_dataset, PathLike):
+        dataset, files = _open(minari, Path(id_or_dataset) / "data", str(id_or_dataset))
     else:
         dataset = id_or_dataset
         files = MinariFiles(Path(dataset.storage.data_path), str(dataset.id), loaded=True)
@@ -121,7 +123,8 @@ def _origin(dataset: Any, prefer_termination: bool) -> Origin:
     )
 
 
-def _import_minari() -> Any:
+def import_minari() -> Any:
+    """Import Minari, or say how to install it."""
     try:
         import minari
     except ImportError as error:
@@ -143,10 +146,14 @@ def _load(minari: Any, dataset_id: str, download: bool) -> "tuple[Any, MinariFil
             )
         with parsing("Minari cannot fetch it", dataset_id):
             minari.download_dataset(dataset_id)
-    files = MinariFiles(folder, dataset_id)
+    return _open(minari, folder, dataset_id)
+
+
+def _open(minari: Any, folder: Path, source: str) -> "tuple[Any, MinariFiles]":
+    files = MinariFiles(folder, source)
     try:
-        with parsing("Minari cannot open it", dataset_id):
-            return minari.load_dataset(dataset_id), files
+        with parsing("Minari cannot open it", source):
+            return minari.MinariDataset(folder), files
     except ImportError as error:
         raise require_extra("the data set's storage", "minari,arrow", error) from error
 
@@ -353,6 +360,7 @@ def to_minari(
     author_email: str | set[str] | None = None,
     code_permalink: str | None = None,
     description: str | None = None,
+    progress: OnProgress | None = None,
 ) -> "MinariDataset":
     """Store a data set in Minari's standard format, without loss; `from_minari` reads the same transitions back.
 
@@ -369,6 +377,7 @@ def to_minari(
         author_email: How to reach them.
         code_permalink: Link to the code that collected the data.
         description: Free text.
+        progress: Called with the share of the steps that is handed to Minari, in `[0, 1]`.
 
     Returns:
         The stored `minari.MinariDataset`.
@@ -377,7 +386,7 @@ def to_minari(
         DatasetError: If the id exists or is malformed, or Minari refuses the data. Nothing is left behind then.
         ImportError: If Minari or what its storage needs is not installed.
     """
-    minari = _import_minari()
+    minari = import_minari()
     from minari.storage.datasets_root_dir import get_dataset_path
 
     path = Path(get_dataset_path(dataset_id))
@@ -388,10 +397,10 @@ def to_minari(
             hint="Choose another name or version, or remove it with minari.delete_dataset",
         )
     raw = _ask_for_raw_images(minari, dataset, dataset_id)
-    created = _outermost_missing(path)
+    created = outermost_missing(path)
     space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
     # One at a time, since together they may be larger than memory; Minari asks for a list, and goes through it once.
-    buffers: Any = (_to_buffer(episode, space_of) for episode in dataset)
+    buffers: Any = (_to_buffer(episode, space_of) for episode in _reported(dataset, progress))
     try:
         with warnings.catch_warnings():
             # Minari asks for each piece of metadata that was not given; here leaving one out is the caller's choice.
@@ -448,7 +457,7 @@ def _extra_of(data_format: str) -> str:
     return "minari" if data_format == "hdf5" else "arrow"
 
 
-def _outermost_missing(path: Path) -> Path:
+def outermost_missing(path: Path) -> Path:
     """Return the topmost folder that has to be made for `path` to exist."""
     while not path.parent.exists():
         path = path.parent
@@ -462,6 +471,13 @@ def _spec_only_env(dataset: OfflineDataset) -> _SpecOnlyEnv | None:
         return _SpecOnlyEnv(dataset, gym.spec(dataset.env_id))
     except gym.error.Error:
         return None
+
+
+def _reported(dataset: OfflineDataset, progress: OnProgress | None) -> "Iterator[Episode]":
+    for episode, stop in zip(dataset, dataset.offsets[1:], strict=True):
+        yield episode
+        if progress is not None:
+            progress(int(stop) / len(dataset))
 
 
 def _to_buffer(episode: Any, space_of: Mapping[str, spaces.Space[Any]]) -> Any:

@@ -1,6 +1,6 @@
 """What is in a data set, as numbers and as a table."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from gymnasium import spaces
 from cql_plugins.adapters._tree import Array, extremes, named_leaves, row_blocks, row_nbytes
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from cql_plugins.adapters.dataset import OfflineDataset
 
 _MOST_ACTIONS = 10_000
@@ -38,7 +40,7 @@ class Quantiles:
     def __str__(self) -> str:
         """Write mean, then minimum, quartiles and maximum."""
         spread = (self.minimum, self.lower_quartile, self.median, self.upper_quartile, self.maximum)
-        return f"{_number(self.mean)}  ({', '.join(map(_number, spread))})"
+        return f"{number(self.mean)}  ({', '.join(map(number, spread))})"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class DatasetSummary:
             yield "environment", self.env_id
         for kind in ("observation_space", "action_space"):
             note = "  (inferred)" if kind in self.inferred_spaces else ""
-            yield kind.replace("_", " "), f"{_describe_space(getattr(self, kind))}{note}"
+            yield kind.replace("_", " "), f"{describe_space(getattr(self, kind))}{note}"
         yield "episodes / transitions", f"{self.n_episodes:,} / {self.n_transitions:,}"
         yield "memory", f"{self.nbytes / 2**20:,.1f} MiB"
         yield "", "mean  (min, 25 %, median, 75 %, max)"
@@ -103,30 +105,40 @@ class DatasetSummary:
             yield "normalised score", str(self.scores)
         shares = (self.share_terminated, self.share_truncated, self.share_unflagged)
         yield "terminated / truncated / unflagged", " / ".join(f"{100 * share:.1f} %" for share in shares)
-        yield "reward range", " .. ".join(map(_number, self.reward_range))
+        yield "reward range", " .. ".join(map(number, self.reward_range))
         if self.share_actions_at_bounds is not None:
             yield "action values at their bounds", f"{100 * self.share_actions_at_bounds:.2f} %"
         if self.action_counts is not None:
-            yield "actions taken", _shorten([f"{action}: {count:,}" for action, count in enumerate(self.action_counts)])
-        yield "constant columns", _shorten(self.constant_columns)
-        yield "non-finite columns", _shorten(self.non_finite_columns)
+            yield "actions taken", shorten([f"{action}: {count:,}" for action, count in enumerate(self.action_counts)])
+        yield "constant columns", shorten(self.constant_columns)
+        yield "non-finite columns", shorten(self.non_finite_columns)
 
     def __str__(self) -> str:
         """Render the table, with rich where it is installed."""
-        title = self.name or "OfflineDataset"
         try:
             from rich.console import Console
-            from rich.table import Table
         except ImportError:
             width = max(len(label) for label, _ in self.rows())
-            return "\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in self.rows())])
-        table = Table(title=title, show_header=False)
-        for label, value in self.rows():
-            # As plain text, since rich would read square brackets as markup.
-            table.add_row(_literal(label), _literal(value))
+            lines = [f"  {label:<{width}}  {printable(value)}" for label, value in self.rows()]
+            return "\n".join([self._title, *lines])
         text = StringIO()
-        Console(file=text, width=110, color_system=None).print(table)
+        Console(file=text, width=110, color_system=None).print(self)
         return text.getvalue().rstrip("\n")
+
+    def __rich__(self) -> "Table":
+        """Render the table for a rich console."""
+        from rich.table import Table
+        from rich.text import Text
+
+        # As plain text, since rich would read square brackets as markup.
+        table = Table(title=Text(self._title), show_header=False)
+        for label, value in self.rows():
+            table.add_row(Text(label), Text(printable(value)))
+        return table
+
+    @property
+    def _title(self) -> str:
+        return printable(self.name or "OfflineDataset")
 
 
 def summarize(dataset: "OfflineDataset") -> DatasetSummary:
@@ -186,11 +198,34 @@ def _columns(ranges: list[tuple[str, tuple[Array, Array]]], test: Any) -> tuple[
 
 
 def _share_at_bounds(actions: Array, space: Any) -> float:
-    count = 0
-    for start, stop in row_blocks(len(actions), row_nbytes(actions)):
-        block = actions[start:stop]
-        count += int(((block <= space.low) | (block >= space.high)).sum())
-    return count / actions.size
+    return float(share_where(actions, lambda block: (block <= space.low) | (block >= space.high)).mean())
+
+
+def share_where(values: Array, test: Callable[[Array], Array]) -> npt.NDArray[np.float64]:
+    """Compute the share of the rows for which a test holds, entry by entry; reads in blocks."""
+    count = np.zeros(values.shape[1:])
+    for start, stop in row_blocks(len(values), row_nbytes(values)):
+        count += test(values[start:stop]).sum(axis=0)
+    return count / len(values)
+
+
+def saturation(actions: Array, space: spaces.Box, margin: float = 0.01) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Compute the share of continuous actions at the bounds of each dimension, or near them.
+
+    Args:
+        actions: Shape `(N, ...)`.
+        space: Their space.
+        margin: What counts as near, as a share of the range between the bounds.
+
+    Returns:
+        Shares at the lower and at the upper bounds, one for each dimension, flat; 0 where there is no bound.
+    """
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # where there are no bounds
+        near = margin * np.where(np.isfinite(low) & np.isfinite(high), high - low, 0.0)
+    below, above = low + near, high - near
+    lower, upper = share_where(actions, lambda block: block <= below), share_where(actions, lambda block: block >= above)
+    return lower.reshape(-1), upper.reshape(-1)
 
 
 def _action_counts(actions: Array, space: spaces.Discrete) -> tuple[int, ...] | None:
@@ -199,26 +234,28 @@ def _action_counts(actions: Array, space: spaces.Discrete) -> tuple[int, ...] | 
     return tuple(int(count) for count in np.bincount(actions - int(space.start), minlength=int(space.n)))
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:,.4g}"
+def printable(text: str) -> str:
+    """Escape what a terminal would act on: names come from files."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
-def _describe_space(space: spaces.Space[Any]) -> str:
+def number(value: float) -> str:
+    """Write a number as people read it, with four digits that count."""
+    whole = float(value).is_integer() or abs(value) >= 1000
+    return f"{value:,.0f}" if whole and abs(value) < 1e9 else f"{value:,.4g}"
+
+
+def describe_space(space: spaces.Space[Any]) -> str:
     """Describe a space in one short line; bounds that differ between dimensions are given as a range."""
     if isinstance(space, spaces.Dict):
-        return "Dict(" + ", ".join(f"{key}: {_describe_space(sub)}" for key, sub in space.spaces.items()) + ")"
+        return "Dict(" + ", ".join(f"{key}: {describe_space(sub)}" for key, sub in space.spaces.items()) + ")"
     if isinstance(space, spaces.Box):
-        low, high = _number(float(space.low.min())), _number(float(space.high.max()))
+        low, high = number(float(space.low.min())), number(float(space.high.max()))
         return f"Box({low} .. {high}, {space.shape}, {space.dtype})"
     return str(space)
 
 
-def _shorten(items: Any) -> str:
+def shorten(items: Any) -> str:
+    """List the first items, and count the others."""
     shown = ", ".join(items[:_SHOWN_COLUMNS])
     return (shown or "none") + (f" and {len(items) - _SHOWN_COLUMNS} more" if len(items) > _SHOWN_COLUMNS else "")
-
-
-def _literal(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)

@@ -44,11 +44,13 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def whole_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Make a folder that appears at its place only when all its files are on the disk.
 
     Args:
         path: Its place, where nothing must be.
+        replace: Whether a folder may be there. It stays until the new one is whole, then steps aside under another name, comes
+            back if the new one cannot take its place, and is removed.
 
     Yields:
         The folder to write into.
@@ -58,7 +60,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: If the disk does not take it, as for :func:`whole_file`.
     """
     place = Path(path)
-    if place.exists():
+    if place.exists() and not (replace and place.is_dir()):
         raise FileExistsError(f"{place} exists; remove it, or choose another name.")
     with _explained(place), _beside(place) as temporary:
         temporary.mkdir()
@@ -68,8 +70,19 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())
         _sync_folder(temporary)
-        os.rename(temporary, place)
+        # Not one of the names that `remove_leftovers` removes.
+        aside = temporary.with_suffix(".old") if place.exists() else None
+        if aside is not None:
+            os.rename(place, aside)
+        try:
+            os.rename(temporary, place)
+        except BaseException:
+            if aside is not None:
+                os.rename(aside, place)
+            raise
         _sync_folder(place.parent)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
@@ -134,30 +135,21 @@ def plot_run(
         ImportError: Without matplotlib.
         ValueError: If a folder holds no such logs, or nothing in them can be drawn.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f'matplotlib is needed here: {error}. Install it with: pip install "cql-plugins[plots]"') from error
     if not log_folders:
         raise ValueError("log_folders: expected at least one folder, got none.")
-    if theme not in THEMES:
-        raise ValueError(f"theme: expected one of {', '.join(THEMES)}, got {theme!r}.")
-    run = Run()
-    for folder in map(Path, log_folders):
-        _read(folder, run)
-    first = SCORE if run.has(SCORE.lines[0]) else RETURN
-    panels = [panel for panel in (first, *PANELS) if any(run.has(line) for line in panel.lines)]
-    if not panels:
-        shown = ", ".join(map(str, log_folders))
-        raise ValueError(
-            f"log_folders: nothing to draw in {shown}: the logs hold neither evaluations nor training metrics yet."
-        )
-    colours = THEMES[theme]
-    rc = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), colours["text"])
-    rc |= {"figure.facecolor": colours["back"], "axes.facecolor": colours["back"], "savefig.facecolor": colours["back"]}
-    settings: Mapping[str, Any] = {**rc, "font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False}
-    with rc_context(settings):  # type: ignore[arg-type]
+    with themed(theme) as colours:
+        from matplotlib.figure import Figure
+
+        run = Run()
+        for folder in map(Path, log_folders):
+            _read(folder, run)
+        first = SCORE if run.has(SCORE.lines[0]) else RETURN
+        panels = [panel for panel in (first, *PANELS) if any(run.has(line) for line in panel.lines)]
+        if not panels:
+            shown = ", ".join(map(str, log_folders))
+            raise ValueError(
+                f"log_folders: nothing to draw in {shown}: the logs hold neither evaluations nor training metrics yet."
+            )
         columns = min(3, len(panels))
         rows = math.ceil(len(panels) / columns)
         figure = Figure(figsize=(3.6 * columns + 0.4, 2.6 * rows + 0.3 * bool(title)), layout="constrained", dpi=130)
@@ -171,6 +163,34 @@ def plot_run(
         if path is not None:
             figure.savefig(path)
     return figure
+
+
+@contextlib.contextmanager
+def themed(theme: str) -> Iterator[dict[str, str]]:
+    """Draw and save in the colours of a theme, inside the context.
+
+    Args:
+        theme: A key of `THEMES`.
+
+    Yields:
+        The theme's colours, by name.
+
+    Raises:
+        ImportError: Without matplotlib.
+        ValueError: If there is no such theme.
+    """
+    try:
+        from matplotlib import rc_context
+    except ImportError as error:
+        raise ImportError(f'matplotlib is needed here: {error}. Install it with: pip install "cql-plugins[plots]"') from error
+    if theme not in THEMES:
+        raise ValueError(f"theme: expected one of {', '.join(THEMES)}, got {theme!r}.")
+    colours = THEMES[theme]
+    rc = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), colours["text"])
+    rc |= {"figure.facecolor": colours["back"], "axes.facecolor": colours["back"], "savefig.facecolor": colours["back"]}
+    settings: Mapping[str, Any] = {**rc, "font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False}
+    with rc_context(settings):  # type: ignore[arg-type]
+        yield colours
 
 
 def _draw(panel: Panel, axis: Axes, run: Run, colours: dict[str, str]) -> None:

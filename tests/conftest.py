@@ -40,6 +40,15 @@ def minari_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     return home
 
 
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    default = REPO_ROOT.parent / "shared" / "data"
+    root = Path(os.environ.get("CQL_PLUGINS_DATA", default))
+    if not root.is_dir():
+        pytest.skip(f"no real data at {root}; set CQL_PLUGINS_DATA to the folder that has it")
+    return root
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

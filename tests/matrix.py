@@ -79,6 +79,7 @@ DATA = ("tests/adapters", "tests/sb3/test_dict_layouts.py", "tests/test_packagin
 SHOWING = ("tests/sb3/test_host_callbacks.py", "tests/test_examples.py", "tests/test_packaging.py", "tests/test_readme.py")
 OF_EXTRA = {
     "safetensors": ("tests/sb3/test_weights.py", "tests/test_weights.py", "tests/test_packaging.py"),
+    "cli": ("tests/test_cli.py", "tests/test_packaging.py"),
     "contrib": ("tests/sb3", "tests/test_packaging.py", "tests/test_readme.py"),
     "d3rlpy": D3RLPY,
     **dict.fromkeys(("arrow", "d4rl", "minari", "robotics"), DATA),

@@ -82,6 +82,37 @@ def test_a_folder_appears_when_it_is_whole_and_never_over_another(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_folder_takes_the_place_of_another_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "folder"
+    place.mkdir()
+    (place / "old").write_bytes(b"old")
+
+    def replaced() -> None:
+        with whole_folder(place, replace=True) as folder:
+            (folder / "new").write_bytes(b"new")
+            assert [path.name for path in place.iterdir()] == ["old"]
+
+    rename, calls = os.rename, 0
+
+    def refuse_the_second(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the new one to its place; the old one has stepped aside
+            assert not place.exists()
+            raise PermissionError(errno.EPERM, "no")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse_the_second)
+        with pytest.raises(PermissionError, match=r"could not write .*folder; the older one there is untouched"):
+            replaced()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "old"]
+    replaced()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "new"]
+    with pytest.raises(FileExistsError), whole_folder(place / "new", replace=True):
+        pass
+
+
 _WRITER = """
 import sys
 from cql_plugins._files import whole_file

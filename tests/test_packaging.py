@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -94,7 +95,7 @@ class TestImportCost:
         """What `pip install cql-plugins` alone must be able to import."""
         extras: tuple[str, ...] = (
             *("d3rlpy", "gym", "gymnasium_robotics", "h5py", "matplotlib", "minari", "mujoco", "pandas", "PIL"),
-            *("pyarrow", "rich", "safetensors", "sb3_contrib", "tensorboard", "tqdm"),
+            *("pyarrow", "rich", "safetensors", "sb3_contrib", "tensorboard", "tqdm", "typer"),
         )
         brought = {Requirement(text).name for text in metadata.requires("stable-baselines3") or () if "extra ==" not in text}
         if "matplotlib" in brought:  # and pandas, before 2.9; those bring Pillow
@@ -126,6 +127,12 @@ class TestMetadata:
         extras = pyproject["project"]["optional-dependencies"]
         named = [extra for text in extras["all"] for extra in Requirement(text).extras]
         assert sorted(named) == sorted(extras.keys() - {"all", "dev", "docs"})
+
+    def test_scripts_lead_to_functions(self, pyproject: dict) -> None:
+        assert pyproject["project"]["scripts"], "the check sees them"
+        for target in pyproject["project"]["scripts"].values():
+            module, _, function = target.partition(":")
+            assert callable(getattr(importlib.import_module(module), function))
 
     def test_constraints_pin_every_dependency_within_its_bounds(self, pyproject: dict, pins: dict[str, str]) -> None:
         project = pyproject["project"]

@@ -69,6 +69,17 @@ class Preset:
         policy_kwargs = {**values.get("policy_kwargs", {}), **changes.pop("policy_kwargs", {})}
         return {**values, **changes, **({"policy_kwargs": policy_kwargs} if policy_kwargs else {})}
 
+    def settings(self) -> dict[str, Any]:
+        """Get all there is to show, by name: the arguments, then what is done to rewards and observations, and for how long."""
+        shown = dict(self.values)
+        if (self.reward_scale, self.reward_shift) != (1.0, 0.0):
+            shown["rewards"] = f"{self.reward_scale:g} * r + {self.reward_shift:g}"
+        if math.isfinite(self.reward_clip):
+            shown["rewards"] = f"clipped to +-{self.reward_clip:g}"
+        shown["observations"] = "normalised" if self.normalize_observations else "as they are"
+        shown["offline gradient steps"] = f"{self.offline_steps:,}"
+        return shown
+
 
 def _continuous(actor: list[int], critic: list[int], **values: Any) -> Mapping[str, Any]:
     networks = {"net_arch": {"pi": actor, "qf": critic}}
@@ -150,12 +161,5 @@ def print_presets() -> None:
     """Print all families with their settings."""
     for name, preset in PRESETS.items():
         print(f"{name}: {preset.description} ({preset.source})")
-        lines = dict(preset.values)
-        if (preset.reward_scale, preset.reward_shift) != (1.0, 0.0):
-            lines["rewards"] = f"{preset.reward_scale:g} * r + {preset.reward_shift:g}"
-        if math.isfinite(preset.reward_clip):
-            lines["rewards"] = f"clipped to +-{preset.reward_clip:g}"
-        lines["observations"] = "normalised" if preset.normalize_observations else "as they are"
-        lines["offline gradient steps"] = f"{preset.offline_steps:,}"
-        for key, value in lines.items():
+        for key, value in preset.settings().items():
             print(f"    {key:32} {value}")

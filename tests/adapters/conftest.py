@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,12 +65,3 @@ def quietly() -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return call
-
-
-@pytest.fixture(scope="session")
-def data_root() -> Path:
-    default = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-    root = Path(os.environ.get("CQL_PLUGINS_DATA", default))
-    if not root.is_dir():
-        pytest.skip(f"no real data at {root}; set CQL_PLUGINS_DATA to the folder that has it")
-    return root

@@ -87,6 +87,23 @@ class TestFromMinari:
         part = from_minari(stored.filter_episodes(lambda episode: len(episode) < 3))
         assert part.rewards.tolist() == [10, 11, 20]
 
+    @pytest.mark.parametrize("data_format", STORAGES)
+    def test_folder_wherever_it_lies(
+        self, store: Callable[..., Any], minari_home: Path, tmp_path: Path, assert_same: Any, data_format: str
+    ) -> None:
+        store(_episode(0, 3, end="t"), _episode(10, 2), data_format=data_format)
+        expected = from_minari("made/up-v0")
+        (minari_home / "made" / "up-v0").rename(tmp_path / "any name.at all")
+        found = from_minari(tmp_path / "any name.at all")
+        assert_same(found, expected)
+        assert found.name == "made/up-v0"
+        with pytest.raises(DatasetError, match=r"nowhere: expected the JSON file metadata.json, there is no such file"):
+            from_minari(tmp_path / "nowhere")
+        metadata = tmp_path / "any name.at all" / "data" / "metadata.json"
+        metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"observation_space": None}))
+        with pytest.raises(DatasetError, match="Without one Minari builds the environment that the file names"):
+            from_minari(tmp_path / "any name.at all")
+
     def test_environment_id(self, store: Callable[..., Any]) -> None:
         store(_episode(0, 3), env=gym.make("Pendulum-v1"))
         assert from_minari("made/up-v0").env_id == "Pendulum-v1"
@@ -280,6 +297,11 @@ class TestToMinari:
         back = from_minari("rich-v0")
         assert_same(back, dataset)
         assert (back.env_id, back.references) == ("CartPole-v1", (-3.0, 4.0))
+
+    def test_progress(self, golden: OfflineDataset) -> None:
+        shares: list[float] = []
+        to_minari(golden, "golden-v0", progress=shares.append)
+        assert shares == [0.6, 1.0]
 
     def test_twin_that_differs(self, golden: OfflineDataset, assert_same: Any) -> None:
         to_minari(golden.scale_rewards(1.0, 1e-12), "golden-v0")

@@ -8,6 +8,7 @@ import pytest
 from gymnasium import spaces
 
 from cql_plugins.adapters import OfflineDataset, from_arrays
+from cql_plugins.adapters.report import saturation
 
 
 def test_figures(arguments: dict[str, Any]) -> None:
@@ -50,6 +51,16 @@ def test_discrete_actions_and_images(arguments: dict[str, Any]) -> None:
     assert summary.constant_columns == ("observations.image: 3 of 12 entries", "observations.room")
     assert "Dict(image: Box(0 .. 255, (2, 2, 3), uint8), room: Discrete(3))" in str(summary)
     assert "0: 1, 1: 2, 2: 2, 3: 0" in str(summary)
+
+
+def test_saturation_by_dimension() -> None:
+    space = spaces.Box(np.array([-1, 0, -np.inf], np.float32), np.array([1, 10, np.inf], np.float32))
+    actions = np.array([[-1.5, 0.1, 0], [-0.98, 0.11, -1e9], [-0.9799, 9.9, 1e9], [0.98, 9.89, 5]], np.float64)
+    lower, upper = saturation(actions, space)
+    assert lower.tolist() == [0.5, 0.25, 0], "1 % of the range 2 is 0.02, of 10 it is 0.1"
+    assert upper.tolist() == [0.25, 0.25, 0]
+    lower, upper = saturation(actions, space, margin=0.0)
+    assert (lower.tolist(), upper.tolist()) == ([0.25, 0, 0], [0, 0, 0])
 
 
 @pytest.mark.parametrize("rich", [True, False])
