@@ -82,7 +82,8 @@ OF_EXTRA = {
     "contrib": ("tests/sb3", "tests/test_packaging.py", "tests/test_readme.py"),
     "d3rlpy": D3RLPY,
     **dict.fromkeys(("arrow", "d4rl", "minari", "robotics"), DATA),
-    **dict.fromkeys(("onnx", "progress", "tensorboard"), SHOWING),
+    "onnx": ("tests/sb3/test_export.py", "tests/test_packaging.py", "tests/test_readme.py"),
+    **dict.fromkeys(("progress", "tensorboard"), SHOWING),
     "plots": (*SHOWING, "tests/test_plots.py"),
 }
 """What runs where one extra is installed alone: the core's own tests have a cell."""

@@ -80,7 +80,10 @@ def chains(blocks: list[Block]) -> list[list[Block]]:
     return grouped
 
 
-OPTIONAL = ("d3rlpy", "gymnasium_robotics", "h5py", "matplotlib", "minari", "pyarrow", "rich", "sb3_contrib", "tqdm")
+OPTIONAL = (
+    *("d3rlpy", "gymnasium_robotics", "h5py", "matplotlib", "minari", "onnx", "onnxruntime", "onnxscript", "pyarrow", "rich"),
+    *("sb3_contrib", "tqdm"),
+)
 """What a block may import besides the core."""
 
 
