@@ -79,8 +79,8 @@ def chains(blocks: list[Block]) -> list[list[Block]]:
 
 
 OPTIONAL = (
-    *("d3rlpy", "gymnasium_robotics", "h5py", "matplotlib", "minari", "onnx", "onnxruntime", "pyarrow", "ray", "rich"),
-    *("rl_zoo3", "safetensors", "sb3_contrib", "tensorboard", "tqdm", "typer", "wandb"),
+    *("d3rlpy", "gymnasium_robotics", "h5py", "matplotlib", "minari", "onnx", "onnxruntime", "onnxscript", "pyarrow", "ray"),
+    *("rich", "rl_zoo3", "safetensors", "sb3_contrib", "tensorboard", "tqdm", "typer", "wandb"),
 )
 """What a block may import besides the core."""
 

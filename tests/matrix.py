@@ -84,7 +84,8 @@ OF_EXTRA = {
     "d3rlpy": D3RLPY,
     **dict.fromkeys(("arrow", "d4rl", "minari", "robotics"), DATA),
     "zoo": ("tests/test_zoo.py",),
-    **dict.fromkeys(("onnx", "progress", "tensorboard"), SHOWING),
+    "onnx": ("tests/sb3/test_export.py", "tests/test_packaging.py", "tests/test_readme.py"),
+    **dict.fromkeys(("progress", "tensorboard"), SHOWING),
     "plots": (*SHOWING, "tests/test_plots.py"),
 }
 """What runs where one extra is installed alone: the core's own tests have a cell."""

@@ -19,6 +19,7 @@ from cql_plugins.sb3.diagnostics import (  # noqa: E402
     value_bias,
 )
 from cql_plugins.sb3.dqn import DiscreteCalQL, DiscreteCQL  # noqa: E402
+from cql_plugins.sb3.export import export_policy  # noqa: E402
 from cql_plugins.sb3.weights import WeightsError, load_weights, save_weights  # noqa: E402
 from cql_plugins.sb3.wrappers import FlattenNestedObservation, ResumableEnv, ScaleReward  # noqa: E402
 
@@ -41,6 +42,7 @@ __all__ = [
     "ScaleReward",
     "ValueBias",
     "WeightsError",
+    "export_policy",
     "gap_expansion",
     "load_checkpoint",
     "load_weights",

@@ -118,6 +118,8 @@ class OfflineMixin(OffPolicyAlgorithm):
         self._offline_source: tuple[Any, ...] | None = None
         # The count of environment steps while gradient steps are the clock.
         self._num_timesteps_online: int | None = None
+        # Whether it was trained on what VecNormalize made of observations; the wrapper itself is never saved with the model.
+        self._normalized_observations = False
         # With a seed: where the model's own random streams stand between two calls that train.
         self._random_states: dict[str, Any] | None = None
         # The processes that train together, during such a `learn_offline`.
@@ -197,6 +199,9 @@ class OfflineMixin(OffPolicyAlgorithm):
     def _fill_normalization(self) -> None:
         if self._vec_normalize_env is not None and self.offline_buffer is not None:
             fill_normalization(self._vec_normalize_env, self.offline_buffer)
+
+    def _note_normalization(self) -> None:
+        self._normalized_observations = self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs
 
     def _adopt_offline_buffer(self, buffer: ReplayBuffer) -> ReplayBuffer:
         """Prepare a buffer for training; a hook for algorithms that need more than SB3's columns."""
@@ -366,6 +371,7 @@ class OfflineMixin(OffPolicyAlgorithm):
         if n_ranks > 1:
             self._check_ranks(n_ranks)
         self.set_offline_data(dataset)
+        self._note_normalization()
         name = f"{type(self).__name__}_offline" if tb_log_name is None else tb_log_name
         with self._own_streams():
             try:
@@ -475,6 +481,7 @@ class OfflineMixin(OffPolicyAlgorithm):
             gradient_steps: How many steps that training had; ``learn_offline`` counts on from there.
         """
         self._n_offline_steps = gradient_steps
+        self._note_normalization()
 
     @property
     def _is_offline_phase(self) -> bool:
@@ -514,6 +521,7 @@ class OfflineMixin(OffPolicyAlgorithm):
                 f"The replay buffer was filled with {self.replay_buffer.n_envs} environment(s), the model collects with "
                 f"{self.env.num_envs}: nothing could be added to it. Pass it to set_offline_data() to learn from it."
             )
+        self._note_normalization()
         before = self._last_obs
         result = super()._setup_learn(*args, **kwargs)
         if self._last_obs is not before and isinstance(self.replay_buffer, ReturnsToGoMixin):

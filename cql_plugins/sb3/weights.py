@@ -231,6 +231,7 @@ def load_weights(
         recursive_getattr(model, name).load_state_dict(state)
     for name, value in header["counters"].items():
         setattr(model, _COUNTERS[name][0], value)
+    model._normalized_observations = statistics is not None and statistics.options["norm_obs"]
     if wrapper is not None and statistics is not None:
         _set_statistics(wrapper, statistics)
     if model.use_sde:
