@@ -141,7 +141,8 @@ def yaml_entries(algo: str) -> dict[str, dict[str, Any]]:
 FAMILIES = [
     ("cql", "HalfCheetah-v5", "locomotion"), ("cql", "Ant-v5", "locomotion"), ("cql", "AdroitHandDoor-v1", "adroit-human"),
     ("calql", "AntMaze_UMaze-v5", "antmaze"), ("cql", "PointMaze_Large-v3", "antmaze"),
-    ("calql", "PointMaze_UMaze-v3", "antmaze"),
+    ("calql", "PointMaze_UMaze-v3", "antmaze"), ("cql", "FrankaKitchen-v1", "kitchen"),
+    ("calql", "FrankaKitchen-v1", "kitchen"),
 ]  # fmt: skip
 
 
@@ -158,7 +159,8 @@ def test_published_settings(algo: str, env: str, family: str) -> None:
     normalized = eval(entry.get("normalize", "dict(norm_obs=False)"))
     assert normalized["norm_obs"] == preset.normalize_observations
     assert not normalized.get("norm_reward", False)
-    (scale,) = entry.get("env_wrapper", [{"": {"scale": 1.0, "shift": 0.0}}])[0].values()
+    wrappers = [wrapper for wrapper in entry.get("env_wrapper", []) if isinstance(wrapper, dict)]
+    (scale,) = (wrappers or [{"": {"scale": 1.0, "shift": 0.0}}])[0].values()
     assert (scale["scale"], scale["shift"]) == (preset.reward_scale, preset.reward_shift)
 
 
