@@ -41,6 +41,7 @@ from cql_plugins.adapters import (
 )
 from cql_plugins.adapters._findings import Finding, find, inferred_spaces
 from cql_plugins.adapters._minari_files import check_id
+from cql_plugins.adapters._sources import SUFFIXES, Kind, is_minari, is_path, locate
 from cql_plugins.adapters._steps import OnProgress, ReadingWarning, infer_action_space, infer_observation_space
 from cql_plugins.adapters._tree import named_leaves
 from cql_plugins.adapters._untrusted import MEMORY_VARIABLE, memory_limit
@@ -67,14 +68,6 @@ app = typer.Typer(
 )
 
 
-class Kind(StrEnum):
-    """How a data set is stored."""
-
-    MINARI = "minari"
-    D4RL = "d4rl"
-    NPZ = "npz"
-
-
 class Theme(StrEnum):
     """Colours of a figure."""
 
@@ -97,8 +90,6 @@ class DataFormat(StrEnum):
     PARQUET = "parquet"
 
 
-_SUFFIXES = {".hdf5": Kind.D4RL, ".h5": Kind.D4RL, ".npz": Kind.NPZ}
-_SIGNATURES = {b"\x89HDF": Kind.D4RL, b"PK\x03\x04": Kind.NPZ}
 _FIGURES = (".png", ".svg", ".pdf")
 
 _SOURCE_HELP = (
@@ -152,43 +143,6 @@ def _refusals() -> Iterator[None]:
         _refuse(f"{error or 'out of memory'}. --storage memmap reads data that is larger than memory")
 
 
-def _locate(source: str) -> tuple[Kind, str | Path]:
-    """Find how a data set is stored, and where.
-
-    Raises:
-        DatasetError: If it is none of what can be read.
-    """
-    path = Path(source).expanduser()
-    wanted = "expected a .hdf5, .h5 or .npz file, a folder with Minari data, or the id of a Minari data set"
-    if path.name == "main_data.hdf5" and (path.parent / "metadata.json").exists():
-        path = path.parent  # Minari's own file: what it means is said beside it.
-    if path.is_dir():
-        home = path.absolute().parent if path.name == "data" and not _is_minari(path) else path
-        if not _is_minari(home):
-            raise DatasetError(f"{wanted}; this folder has no data/metadata.json", source=source)
-        return Kind.MINARI, home
-    if path.suffix.lower() in _SUFFIXES:
-        return _SUFFIXES[path.suffix.lower()], path
-    if path.is_file():
-        with path.open("rb") as file:
-            kind = _SIGNATURES.get(file.read(4))
-        if kind is None:
-            raise DatasetError(f"{wanted}; this is another kind of file", source=source)
-        return kind, path
-    if path.exists() or _is_path(source):
-        raise DatasetError(f"{wanted}; there is no such file or folder", source=source)
-    return Kind.MINARI, source
-
-
-def _is_minari(folder: Path) -> bool:
-    return (folder / "data" / "metadata.json").is_file()
-
-
-def _is_path(text: str) -> bool:
-    """Tell a path from an id of Minari, where nothing is there."""
-    return text.startswith((".", "~")) or Path(text).is_absolute()
-
-
 def _read(source: str, prefer_termination: bool, max_episode_steps: int | None, storage: Storage) -> _Read:
     """Read a data set of any kind, or leave with a message."""
     try:
@@ -197,7 +151,7 @@ def _read(source: str, prefer_termination: bool, max_episode_steps: int | None, 
         raise typer.BadParameter(str(error), param_hint=f"${MEMORY_VARIABLE}") from error
     with _refusals(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        kind, place = _locate(source)
+        kind, place = locate(source)
         if max_episode_steps is not None and kind is not Kind.D4RL:
             raise typer.BadParameter("only D4RL files need it", param_hint="--max-episode-steps")
         options: dict[str, Any] = {"prefer_termination": prefer_termination, "storage": storage.value}
@@ -327,7 +281,7 @@ def convert(
     storage: StorageOption = Storage.MEMORY,
 ) -> None:
     """Convert a data set to another format; the target is there whole or not at all."""
-    named = _SUFFIXES.get(Path(target).suffix.lower())
+    named = SUFFIXES.get(Path(target).suffix.lower())
     if to is not None and named is not None and to is not named:
         raise typer.BadParameter(f"{target} is the name of a {named} file", param_hint="--to")
     kind = to or named or Kind.MINARI
@@ -341,7 +295,7 @@ def convert(
     if os.path.lexists(place):
         if not force:
             raise typer.BadParameter(f"{place} exists; choose another name, or replace it with --force", param_hint="TARGET")
-        if kind is Kind.MINARI and not _is_minari(place):
+        if kind is Kind.MINARI and not is_minari(place):
             raise typer.BadParameter(f"{place} is no Minari data set, and is not replaced", param_hint="TARGET")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -372,7 +326,7 @@ def convert(
 
 def _minari_place(target: str) -> tuple[Path, str]:
     """Split a target into the folder that is Minari's, and the id there."""
-    if _is_path(target):
+    if is_path(target):
         path = Path(os.path.abspath(Path(target).expanduser()))
         root, dataset_id = path.parent, path.name
     else:

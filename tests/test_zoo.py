@@ -16,12 +16,13 @@ pytest.importorskip("rl_zoo3")
 import rl_zoo3
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3.common.callbacks import BaseCallback
 
 from cql_plugins import sb3
 from cql_plugins.sb3 import CQL, CalQL
 from cql_plugins.sb3.presets import PRESETS
 from cql_plugins.zoo import ALGOS, register
-from cql_plugins.zoo.manager import HYPERPARAMS, OfflineExperimentManager, _scaled_like, read_dataset
+from cql_plugins.zoo.manager import HYPERPARAMS, OfflineExperimentManager, _scaled_like, _Trial, read_dataset
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::ResourceWarning"
@@ -132,6 +133,40 @@ def test_tuning(n_timesteps: str, log: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert len({row[2] for row in seen}) == 3, "each trial has a weight of its own"
     assert all(0.1 <= row[2] <= 20.0 for row in seen)
     assert rl_zoo3.ALGOS["cql"] is CQL, "the class of the trials is gone"
+
+
+def test_a_pruned_trial_ends_with_its_offline_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Host:
+        def __init__(self) -> None:
+            self.phases: list[tuple[str, int]] = []
+
+        def learn_offline(self, dataset: Any, steps: int, **kwargs: Any) -> None:
+            self.phases.append(("offline", steps))
+
+        def learn(self, steps: int, **kwargs: Any) -> None:
+            self.phases.append(("online", steps))
+
+    trial = type("Trial", (_Trial, Host), {"trial_dataset": None, "trial_offline_steps": 20})
+    callback = type("Callback", (BaseCallback,), {"_on_step": lambda self: True, "is_pruned": False})()
+    for pruned, phases in ((False, [("offline", 20), ("online", 30)]), (True, [("offline", 20)])):
+        model, callback.is_pruned = trial(), pruned
+        assert model.learn(50, callback=[callback]) is model
+        assert model.phases == phases
+
+
+def test_ctrl_c_keeps_what_was_learnt_offline(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, done = CQL.train, []
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> None:
+        done.append(1)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        step(self, *args, **kwargs)
+
+    monkeypatch.setattr(CQL, "train", interrupted)
+    folder = train(monkeypatch, "--dataset", log, "--offline-steps", "40", "-n", "60")
+    model = CQL.load(folder / "Pendulum-v1.zip")
+    assert (model._n_offline_steps, model.num_timesteps, model._n_updates) == (3, 0, 3)
 
 
 def yaml_entries(algo: str) -> dict[str, dict[str, Any]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch as th
 
+from cql_plugins._files import whole_file
 from cql_plugins._onnx import onnx_bytes
 
 
@@ -31,4 +31,6 @@ def export_onnx(module: th.nn.Module, examples: tuple[th.Tensor, ...], path: str
     Raises:
         ImportError: If the packages that write ONNX are missing.
     """
-    Path(path).write_bytes(onnx_bytes(module, examples, [f"input_{i}" for i in range(len(examples))], "output_0"))
+    contents = onnx_bytes(module, examples, [f"input_{i}" for i in range(len(examples))], "output_0")
+    with whole_file(path) as file:
+        file.write(contents)

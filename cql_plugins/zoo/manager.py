@@ -11,6 +11,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 
 from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari, from_npz
+from cql_plugins.adapters._sources import Kind, locate
 from cql_plugins.sb3.offline import OfflineMixin
 from cql_plugins.sb3.wrappers import ScaleReward
 
@@ -18,19 +19,20 @@ HYPERPARAMS = Path(__file__).parent / "hyperparams"
 
 
 def read_dataset(file_or_id: str) -> OfflineDataset:
-    """Read a dataset by what its name says: ``.hdf5`` is D4RL's layout, ``.npz`` an archive, all else a Minari id.
+    """Read a dataset as the command line does.
 
     Args:
-        file_or_id: Path or id. A Minari set that is not on this machine is downloaded.
+        file_or_id: A D4RL file, an archive, a folder with Minari data, or the id of a Minari set, which is downloaded where it
+            is not on this machine.
 
     Raises:
         DatasetError: If it is refused.
         ImportError: Without the extra that reads it.
     """
-    path = Path(file_or_id)
-    if path.suffix in (".hdf5", ".h5"):
-        return from_d4rl(path)
-    return from_npz(path) if path.suffix == ".npz" else from_minari(file_or_id, download=True)
+    kind, place = locate(file_or_id)
+    if kind is Kind.D4RL:
+        return from_d4rl(place)
+    return from_npz(place) if kind is Kind.NPZ else from_minari(place, download=True)
 
 
 class OfflineExperimentManager(ExperimentManager):
