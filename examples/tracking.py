@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> list[Path]:
         import wandb
         from wandb.integration.sb3 import WandbCallback
 
-        wandb.init(project="cql-plugins", dir=arguments.out, sync_tensorboard=True)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        wandb.tensorboard.patch(root_logdir=str(arguments.out / "tensorboard"))  # of both phases; patched once a process
+        wandb.init(project="cql-plugins", dir=arguments.out)
         callbacks.append(WandbCallback())
     model = CalQL(
         "MlpPolicy",

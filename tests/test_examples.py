@@ -209,6 +209,19 @@ def test_recipe(
         assert result["as logged"] != result["in hindsight"]
 
 
+def test_weights_and_biases(quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its offline mode writes the curves of both phases, each under its run's name."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setitem(sys.modules, "quickstart", quickstart)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    budget = ["--gradient-steps", "200", "--timesteps", "250", "--eval-freq", "150"]
+    load_example("tracking").main([*budget, "--wandb", "--out", str(tmp_path / "out")])
+    wandb.finish()
+    (found,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
+    for phase in ("CalQL_offline_1", "CalQL_1"):
+        assert f"{phase}/train/cql_gap".encode() in found.read_bytes()
+
+
 def test_sweep_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match="pip install ray"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from cql_plugins.sb3 import CQL, CalQL
 from cql_plugins.sb3.presets import PRESETS
 from cql_plugins.zoo import ALGOS, register
 from cql_plugins.zoo.manager import HYPERPARAMS, OfflineExperimentManager, _scaled_like, _Trial, read_dataset
+from tests import hub
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::ResourceWarning"
@@ -99,6 +103,64 @@ def test_offline_alone_and_enjoy_and_plot(log: str, monkeypatch: pytest.MonkeyPa
     out = capsys.readouterr().out
     assert "Loading logs/cql/Pendulum-v1_1/Pendulum-v1.zip" in out
     assert "Episode Length 200" in out
+
+
+SCRIPTS = """
+import json, runpy, sys
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["zoo", *arguments]
+    runpy.run_module("cql_plugins.zoo", run_name="__main__")
+"""  # in a process that has not read HF_ENDPOINT before
+
+
+def test_to_the_hub_and_back(log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client against a hub of this machine; one run with normalised observations, one without."""
+    train(monkeypatch, "--dataset", log, "--offline-steps", "5", "-n", "10")
+    train(monkeypatch, "-n", "10", "-params", "normalize:True", "learning_starts:5", env="MountainCarContinuous-v0")
+    runs = {"Pendulum-v1": False, "MountainCarContinuous-v0": True}
+    commands = []
+    for env in runs:
+        names = ["--algo", "cql", "--env", env]
+        commands.append(["push_to_hub", *names, "-orga", "someone", "-f", "logs", "--no-render"])
+        commands.append(["load_from_hub", *names, "-orga", "someone", "-f", "downloads"])
+        commands.append(["enjoy", *names, "-f", "downloads", "--no-render", "-n", "10"])
+    commands.append(["load_from_hub", "--algo", "cql", "--env", "CartPole-v1", "-orga", "someone", "-f", "downloads"])
+    with hub.serve() as server:
+        settings = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_none", "HF_HOME": "home", "TRUST_REMOTE_CODE": "True"}
+        paths = os.pathsep.join(sys.path)
+        child = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", SCRIPTS, json.dumps(commands)],
+            env={**os.environ, **settings, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert "CartPole-v1/resolve/main/cql-CartPole-v1.zip" in child.stderr.splitlines()[-1], child.stderr
+    for env, normalised in runs.items():
+        files = server.repositories[f"someone/cql-{env}"]
+        assert files[f"cql-{env}.zip"][:2] == b"PK"
+        assert ("vec_normalize.pkl" in files) == normalised
+        card = files["README.md"].decode()
+        assert f"python -m cql_plugins.zoo load_from_hub --algo cql --env {env} -orga someone" in card
+        assert "rl_zoo3." not in card
+        assert f"Loading downloads/cql/{env}_1/{env}.zip" in child.stdout
+        assert (tmp_path / "downloads" / "cql" / f"{env}_1" / env / "vecnormalize.pkl").exists() == normalised
+        ours, theirs = (CQL.load(Path(at, "cql", f"{env}_1", f"{env}.zip")).policy.state_dict() for at in ("logs", "downloads"))
+        assert all(value.equal(theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize(("algo", "changed"), [("cql", True), ("calql", True), ("sac", False), ("cqlish", False)])
+def test_model_cards_name_what_can_load_them(algo: str, changed: bool, tmp_path: Path) -> None:
+    from cql_plugins.zoo._hub import correct_card
+
+    card = tmp_path / "README.md"
+    written = f"pip install rl_zoo3\npython -m rl_zoo3.enjoy --algo {algo} --env Pendulum-v1 -f logs\n"
+    card.write_text(written)
+    correct_card(card, tuple(ALGOS))
+    ours = f'pip install "cql-plugins[zoo]"\npython -m cql_plugins.zoo enjoy --algo {algo} --env Pendulum-v1 -f logs\n'
+    assert card.read_text() == (ours if changed else written)
+    correct_card(tmp_path / "none.md", tuple(ALGOS))
+    assert not (tmp_path / "none.md").exists()
 
 
 def test_a_dataset_changes_what_is_learnt(log: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import argparse
 import runpy
 import sys
 
-from cql_plugins.zoo import register
+from cql_plugins.zoo import ALGOS, register
 from cql_plugins.zoo.manager import OfflineExperimentManager
 
 SCRIPTS = {
@@ -47,6 +47,10 @@ def main() -> None:
         OfflineExperimentManager.from_command_line = {
             name: value for name, value in vars(arguments).items() if value is not None
         }
+    if script.endswith("_hub"):
+        from cql_plugins.zoo import _hub
+
+        _hub.prepare(tuple(ALGOS))
     runpy.run_module(SCRIPTS[script], run_name="__main__")
 
 
