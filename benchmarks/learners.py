@@ -124,7 +124,9 @@ class SB3Learner:
         if name not in classes:
             raise SystemExit(f"No arm {name!r}: expected cql, calql, sac, d3rlpy-cql, d3rlpy-calql, d3rlpy-iql or d3rlpy-bc.")
         settings = {"return_tail": task.return_tail} if name == "calql" else {}
-        settings |= task.common | {"gamma": task.gamma, "batch_size": task.batch_size, "learning_starts": 0} | options
+        settings |= (
+            task.host | task.common | {"gamma": task.gamma, "batch_size": task.batch_size, "learning_starts": 0} | options
+        )
         if task.is_discrete:
             settings = {"offline_target_update_interval": 200, "exploration_final_eps": 0.05, "train_freq": 1} | settings
         self.settings, self.kept = settings | {"floor": floor}, KeepBoundRate()
@@ -173,7 +175,7 @@ class SACLearner(SB3Learner):
         self.task, self.seed, self.dataset, self.kept = task, seed, task.load(), KeepBoundRate()
         self.env = normalized(make_vec_env(task.make_env, seed=seed), task, training=True)
         self.eval_env = normalized(make_vec_env(task.make_env, seed=10_000 + seed), task, training=False)
-        self.settings = {"gamma": task.gamma, "batch_size": task.batch_size, **options}
+        self.settings = {"gamma": task.gamma, "batch_size": task.batch_size, **task.host, **options}
         rate = {"learning_rate": task.common["learning_rate"]} if "learning_rate" in task.common else {}
         nets = {"net_arch": list(task.net_arch)}
         self.model = SAC("MlpPolicy", self.env, seed=seed, device="cpu", policy_kwargs=nets, **rate, **self.settings)
@@ -252,6 +254,7 @@ class D3RLPyLearner:
             shared.pop("gamma")
             return algos.BCConfig(learning_rate=critic_lr, encoder_factory=nets, **shared)
         actor_critic = {"actor_encoder_factory": nets, "critic_encoder_factory": nets}
+        shared |= {"tau": task.host["tau"]} if "tau" in task.host else {}
         if self.name == "iql":
             rates = {"actor_learning_rate": critic_lr, "critic_learning_rate": critic_lr, "value_encoder_factory": nets}
             return algos.IQLConfig(**actor_critic, **rates, **task.iql, **shared)
@@ -262,6 +265,7 @@ class D3RLPyLearner:
             "temp_learning_rate": actor_lr,
             "alpha_learning_rate": 0.0,
             "conservative_weight": task.common["cql_alpha"],
+            "initial_temperature": float(str(task.host.get("ent_coef", "auto_1")).removeprefix("auto_")),
         }
         configs = {"cql": algos.CQLConfig, "calql": algos.CalQLConfig}
         return configs[self.name](**actor_critic, **conservative, **shared)

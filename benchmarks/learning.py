@@ -69,6 +69,8 @@ GRIDS = {
         ),
         n_seeds=3,
     ),
+    "bridge": Grid("bridge", (*CONTINUOUS, "cql:cql_variant=pointwise"), online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql")),
+    "bridge-weight": Grid("bridge", ("sac", *(f"cql:cql_alpha={weight}" for weight in WEIGHTS))),
     "cartpole": Grid(
         "cartpole",
         ("cql", "calql", "cql:cql_alpha=0.0", "d3rlpy-cql", "d3rlpy-dqn", "d3rlpy-bc"),

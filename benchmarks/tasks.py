@@ -1,7 +1,7 @@
 """What the algorithms are compared on: data, environment, budget and the settings that every algorithm gets alike.
 
-Two tasks make their data on the spot, from hand-written controllers that act at random some of the time, the same for every
-algorithm and seed; the others read the files under ``CQL_PLUGINS_DATA`` (see README.md).
+Three tasks make their data on the spot, from hand-written controllers, the same for every algorithm and seed; the others read
+the files under ``CQL_PLUGINS_DATA`` (see README.md).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Task:
         batch_size: Transitions of a gradient step.
         gamma: Discount.
         normalize_observations: Whether observations are normalised by the data's mean and variance.
+        host: Settings of SAC that ours inherit, in SB3's words; d3rlpy's get the same in theirs.
         common: Settings of CQL and Cal-QL, in our words; d3rlpy's get the same in theirs.
         iql: Settings of IQL, in d3rlpy's words, from its published reproduction.
         return_tail: Of Cal-QL.
@@ -54,6 +56,7 @@ class Task:
     batch_size: int = 256
     gamma: float = 0.99
     normalize_observations: bool = False
+    host: dict[str, Any] = field(default_factory=dict)
     common: dict[str, Any] = field(default_factory=dict)
     iql: dict[str, Any] = field(default_factory=dict)
     return_tail: str = "zero"
@@ -148,6 +151,24 @@ def cartpole_log() -> OfflineDataset:
     return play(lambda: gym.make("CartPole-v1"), control_pole, (0.4, 0.6, 0.8, 1.0), 60, 0, "cartpole-mixed")
 
 
+@cache
+def quickstart() -> Any:
+    """The example that has the river, its bridge and the careful walkers."""
+    spec = spec_from_file_location("quickstart", ROOT / "examples" / "quickstart.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def bridge_log() -> OfflineDataset:
+    """Sixty careful walks: hardly any off the bridge."""
+    log: OfflineDataset = quickstart().make_log(seed=0)
+    return log
+
+
 # Data of others -----------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +241,23 @@ TASKS: dict[str, Task] = {
         return_tail="bootstrap",
         precision="f32",
         reference=(-1230.0, -150.0),  # random actions, about the best there is
+    ),
+    "bridge": Task(
+        bridge_log,
+        lambda: quickstart().Bridge(),
+        steps=4000,
+        eval_every=500,
+        eval_episodes=50,
+        online_steps=2000,
+        online_eval_every=250,
+        net_arch=(64, 64),
+        batch_size=128,
+        gamma=0.95,
+        host={"tau": 0.01, "ent_coef": "auto_0.1"},
+        common={"cql_alpha": 1.0, "learning_rate": 1e-3, "actor_learning_rate": 1e-3},
+        iql={"expectile": 0.7, "weight_temp": 3.0},
+        precision="f32",
+        reference=(0.0, 10.0),
     ),
     "cartpole": Task(
         cartpole_log,

@@ -47,7 +47,7 @@ TESTED = ("adapters", "cql_plugins", "examples", "tests", "pyproject.toml", "con
 """What a record is a record of."""
 OF_A_RUN = {"matrix.py", "mutants.py", "host_suites.py"}
 """Scripts in tests/ that the suite does not run."""
-SDIST_ONLY = ("gym",)
+SDIST_ONLY = ("gym", "rliable")
 """Dependencies that have no wheel. All others are taken as wheels: the lowest version is the lowest that installs."""
 
 

@@ -134,6 +134,24 @@ def test_every_arm_goes_on_from_its_checkpoint(arm: str, learning: ModuleType, t
     assert again.evaluate(1)["returns"] != found["returns"], "it learns on"
 
 
+@pytest.mark.parametrize("arm", ["cql", "calql", "sac", "d3rlpy-cql", "d3rlpy-calql", "d3rlpy-iql"])
+def test_settings_of_the_host_reach_everyone(arm: str, learning: ModuleType) -> None:
+    import learners
+    from tasks import TASKS
+
+    task = TASKS["bridge"]
+    learner = learners.make(arm, task, 0, "f32")
+    if arm.startswith("d3rlpy"):
+        assert learner.algo.config.tau == task.host["tau"] == 0.01
+        if arm != "d3rlpy-iql":
+            assert learner.algo.config.initial_temperature == 0.1
+    else:
+        assert learner.model.tau == task.host["tau"] == 0.01
+        assert learner.model.log_ent_coef.exp().item() == pytest.approx(0.1)
+    plain = learners.make(arm, TASKS["pendulum"], 0, "f32")
+    assert (plain.algo.config if arm.startswith("d3rlpy") else plain.model).tau == 0.005
+
+
 def test_verdicts(learning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import claims
 
