@@ -60,10 +60,12 @@ def interval(values: Sequence[float], of: str = "iqm") -> tuple[float, float, fl
     scores = np.asarray(values, float).reshape(-1, 1)
     if len(scores) < 2:
         return float(scores.mean()), float("nan"), float("nan")
-    random = np.random.RandomState(0)  # what rliable takes
-    points, intervals = library.get_interval_estimates(
-        {"": scores}, lambda x: np.array([aggregate(x)]), reps=REPETITIONS, random_state=random
-    )
+    state = np.random.get_state()  # noqa: NPY002 (rliable draws from NumPy's global generator, whatever it is given)
+    np.random.seed(0)  # noqa: NPY002
+    try:
+        points, intervals = library.get_interval_estimates({"": scores}, lambda x: np.array([aggregate(x)]), reps=REPETITIONS)
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
     return float(points[""][0]), float(intervals[""][0, 0]), float(intervals[""][1, 0])
 
 

@@ -116,15 +116,16 @@ for arguments in json.loads(sys.argv[1]):
 def test_to_the_hub_and_back(log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real client against a hub of this machine; one run with normalised observations, one without."""
     train(monkeypatch, "--dataset", log, "--offline-steps", "5", "-n", "10")
-    train(monkeypatch, "-n", "10", "-params", "normalize:True", "learning_starts:5", env="MountainCarContinuous-v0")
-    runs = {"Pendulum-v1": False, "MountainCarContinuous-v0": True}
+    normalised = ["-n", "10", "-params", "normalize:True", "learning_starts:5"]
+    train(monkeypatch, *normalised, algo="discrete_cql", env="CartPole-v1")
+    runs = (("cql", "Pendulum-v1", False), ("discrete_cql", "CartPole-v1", True))
     commands = []
-    for env in runs:
-        names = ["--algo", "cql", "--env", env]
+    for algo, env, _ in runs:
+        names = ["--algo", algo, "--env", env]
         commands.append(["push_to_hub", *names, "-orga", "someone", "-f", "logs", "--no-render"])
         commands.append(["load_from_hub", *names, "-orga", "someone", "-f", "downloads"])
         commands.append(["enjoy", *names, "-f", "downloads", "--no-render", "-n", "10"])
-    commands.append(["load_from_hub", "--algo", "cql", "--env", "CartPole-v1", "-orga", "someone", "-f", "downloads"])
+    commands.append(["load_from_hub", "--algo", "cql", "--env", "Acrobot-v1", "-orga", "someone", "-f", "downloads"])
     with hub.serve() as server:
         settings = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_none", "HF_HOME": "home", "TRUST_REMOTE_CODE": "True"}
         paths = os.pathsep.join(sys.path)
@@ -135,17 +136,18 @@ def test_to_the_hub_and_back(log: str, tmp_path: Path, monkeypatch: pytest.Monke
             text=True,
             check=False,
         )
-    assert "CartPole-v1/resolve/main/cql-CartPole-v1.zip" in child.stderr.splitlines()[-1], child.stderr
-    for env, normalised in runs.items():
-        files = server.repositories[f"someone/cql-{env}"]
-        assert files[f"cql-{env}.zip"][:2] == b"PK"
-        assert ("vec_normalize.pkl" in files) == normalised
-        card = files["README.md"].decode()
-        assert f"python -m cql_plugins.zoo load_from_hub --algo cql --env {env} -orga someone" in card
+    assert "Acrobot-v1/resolve/main/cql-Acrobot-v1.zip" in child.stderr.splitlines()[-1], child.stderr
+    for algo, env, is_normalised in runs:
+        held = server.repositories[f"someone/{algo}-{env}"]
+        assert held[f"{algo}-{env}.zip"][:2] == b"PK"
+        assert ("vec_normalize.pkl" in held) == is_normalised
+        card = held["README.md"].decode()
+        assert f"python -m cql_plugins.zoo load_from_hub --algo {algo} --env {env} -orga someone" in card
         assert "rl_zoo3." not in card
-        assert f"Loading downloads/cql/{env}_1/{env}.zip" in child.stdout
-        assert (tmp_path / "downloads" / "cql" / f"{env}_1" / env / "vecnormalize.pkl").exists() == normalised
-        ours, theirs = (CQL.load(Path(at, "cql", f"{env}_1", f"{env}.zip")).policy.state_dict() for at in ("logs", "downloads"))
+        assert f"Loading downloads/{algo}/{env}_1/{env}.zip" in child.stdout
+        assert (tmp_path / "downloads" / algo / f"{env}_1" / env / "vecnormalize.pkl").exists() == is_normalised
+        files = (Path(at, algo, f"{env}_1", f"{env}.zip") for at in ("logs", "downloads"))
+        ours, theirs = (getattr(sb3, ALGOS[algo]).load(file).policy.state_dict() for file in files)
         assert all(value.equal(theirs[name]) for name, value in ours.items())
 
 
