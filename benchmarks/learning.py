@@ -70,7 +70,8 @@ GRIDS = {
         n_seeds=3,
     ),
     "bridge": Grid("bridge", (*CONTINUOUS, "cql:cql_variant=pointwise"), online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql")),
-    "bridge-weight": Grid("bridge", ("sac", *(f"cql:cql_alpha={weight}" for weight in WEIGHTS))),
+    "bridge-weight": Grid("bridge", ("sac", "d3rlpy-bc", *(f"cql:cql_alpha={weight}" for weight in WEIGHTS))),
+    "pointmaze": Grid("pointmaze", CONTINUOUS, online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql"), n_seeds=3),
     "cartpole": Grid(
         "cartpole",
         ("cql", "calql", "cql:cql_alpha=0.0", "d3rlpy-cql", "d3rlpy-dqn", "d3rlpy-bc"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,72 @@ def regret(runs: list[dict[str, Any]]) -> list[float]:
     return [float(np.mean([1 - point["score"] / 100 for point in run["online"][1:]])) for run in runs]
 
 
+def style(theme: str) -> dict[str, Any]:
+    """Settings of matplotlib."""
+    ground = THEMES[theme]
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    rc: dict[str, Any] = dict.fromkeys(names, ground["text"])
+    rc |= {"figure.facecolor": ground["back"], "axes.facecolor": ground["back"], "savefig.facecolor": ground["back"]}
+    return rc | {"font.size": 10.0, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def draw_weights(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]], theme: str, path: Path) -> None:
+    """Score, value bias and gap at the last evaluation against the weight: means, their intervals, and all seeds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    ground, task = THEMES[theme], TASKS[grid.task]
+    weights = {arm: float(arm.partition("=")[2]) for arm in found if arm.startswith("cql:cql_alpha=")}
+    unit = f"return, discounted by {task.gamma:g}"
+    panels: tuple[tuple[str, str, Callable[[dict[str, Any]], float]], ...] = (
+        ("score of the policy's mode", "normalised score", lambda run: run["offline"][-1]["score"]),
+        ("predicted minus real value", unit, bias),
+        (
+            "Q of the data minus uniform actions'",
+            unit,
+            lambda run: run["offline"][-1]["q_data"] - run["offline"][-1]["q_random"],
+        ),
+    )
+    with mpl.rc_context(style(theme)):
+        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.9), layout="constrained", dpi=130)
+        for (title, quantity, of), axis in zip(panels, axes, strict=True):
+            values = {weight: [of(run) for run in found[arm]] for arm, weight in weights.items()}
+            points = np.array([interval(column, "mean") for column in values.values()])
+            for weight, column in values.items():
+                axis.plot([weight] * len(column), column, ".", color=COLOURS[theme][0], alpha=0.35, markersize=5)
+            axis.fill_between(list(values), points[:, 1], points[:, 2], color=COLOURS[theme][0], alpha=0.2, linewidth=0)
+            axis.plot(list(values), points[:, 0], "o-", color=COLOURS[theme][0], linewidth=2.0, markersize=4, label="CQL")
+            for arm, colour in (("sac", 1), ("d3rlpy-bc", 5)):
+                if arm in found and not np.isnan(level := float(np.mean([of_safe(of, run) for run in found[arm]]))):
+                    axis.axhline(level, color=COLOURS[theme][colour], linestyle="--", linewidth=1.3, label=label(arm))
+            axis.set_xscale("symlog", linthresh=0.1, linscale=0.5)
+            axis.set_xticks(list(values), [f"{weight:g}" for weight in values])
+            axis.minorticks_off()
+            axis.set_title(title, fontsize=10, loc="left")
+            axis.set_xlabel("weight, cql_alpha")
+            axis.set_ylabel(quantity)
+            axis.grid(alpha=0.2)
+        axes[1].axhline(0.0, color=ground["text"], linewidth=0.7)
+        n_seeds = sorted({len(found[arm]) for arm in weights})
+        seeds = f"{n_seeds[0]}" if len(n_seeds) == 1 else f"{n_seeds[0]} to {n_seeds[-1]}"
+        steps = next(iter(found.values()))[0]["offline"][-1]["step"]
+        figure.suptitle(f"{grid.task}, {steps:,} gradient steps, {seeds} seeds: means, 95 % intervals, each seed", fontsize=11)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def of_safe(of: Callable[[dict[str, Any]], float], run: dict[str, Any]) -> float:
+    """What a run without values (behaviour cloning) lacks is not a number."""
+    try:
+        return of(run)
+    except KeyError:
+        return float("nan")
+
+
 def draw(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]], theme: str, path: Path) -> None:
     """Scores over gradient steps, values beside them, and the online phase where there is one: means and all seeds."""
     import matplotlib as mpl
@@ -171,14 +237,11 @@ def draw(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]], theme: s
     from matplotlib.ticker import MaxNLocator
 
     ground = THEMES[theme]
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    rc: dict[str, Any] = dict.fromkeys(names, ground["text"])
-    rc |= {"figure.facecolor": ground["back"], "axes.facecolor": ground["back"], "savefig.facecolor": ground["back"]}
     task, n_seeds = TASKS[grid.task], sorted({len(runs) for runs in found.values()})
     online = {arm: runs for arm, runs in found.items() if all("online" in run for run in runs)}
     panels = [("score", "offline"), ("bias", "offline"), *([("score", "online")] if online else [])]
     titles = {"score": "normalised score", "bias": "predicted minus real return of the first action"}
-    with mpl.rc_context(rc | {"font.size": 10.0, "axes.spines.top": False, "axes.spines.right": False}):
+    with mpl.rc_context(style(theme)):
         figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), layout="constrained", dpi=130)
         for (quantity, phase), axis in zip(panels, axes, strict=True):
             for arm, colour in zip(found, COLOURS[theme], strict=False):
@@ -224,7 +287,9 @@ def main() -> None:
         print(text)
         (arguments.results / f"{name}.md").write_text(text, encoding="utf-8")
         for theme in THEMES:
-            draw(name, grid, found, theme, arguments.results / f"{name}_{theme}.png")
+            (draw_weights if name.endswith("-weight") else draw)(
+                name, grid, found, theme, arguments.results / f"{name}_{theme}.png"
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the algorithms are compared on: data, environment, budget and the settings that every algorithm gets alike.
 
-Three tasks make their data on the spot, from hand-written controllers, the same for every algorithm and seed; the others read
+Four tasks make their data on the spot, from hand-written controllers, the same for every algorithm and seed; the others read
 the files under ``CQL_PLUGINS_DATA`` (see README.md).
 """
 
@@ -169,6 +169,38 @@ def bridge_log() -> OfflineDataset:
     return log
 
 
+def make_pointmaze() -> gym.Env[Any, Any]:
+    """PointMaze with one goal an episode, its observation one vector, so that every package takes it."""
+    import pointmaze
+
+    return gym.wrappers.FlattenObservation(pointmaze.make_env())
+
+
+@cache
+def pointmaze_log() -> OfflineDataset:
+    """A hundred episodes of a waypoint controller with noise: a step at the goal is paid, nothing terminates."""
+    import pointmaze
+
+    env = make_pointmaze()
+    log = pointmaze.collect(100, seed=0)
+    steps = log.transitions(np.arange(len(log)))
+    before, after = (
+        np.concatenate([np.asarray(observations[key]) for key in sorted(observations)], axis=1)
+        for observations in (steps.observations, steps.next_observations)
+    )
+    return from_arrays(
+        before,
+        steps.actions,
+        steps.rewards,
+        steps.terminations,
+        steps.truncations,
+        next_observations=after,
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        name="pointmaze-waypoints",
+    )
+
+
 # Data of others -----------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +290,19 @@ TASKS: dict[str, Task] = {
         iql={"expectile": 0.7, "weight_temp": 3.0},
         precision="f32",
         reference=(0.0, 10.0),
+    ),
+    "pointmaze": Task(
+        pointmaze_log,
+        make_pointmaze,
+        steps=5000,
+        eval_every=500,
+        eval_episodes=20,
+        online_steps=3000,
+        online_eval_every=500,
+        common={"cql_alpha": 5.0, "actor_learning_rate": 1e-4},
+        iql={"expectile": 0.9, "weight_temp": 10.0},
+        return_tail="bootstrap",
+        reference=(0.0, 300.0),
     ),
     "cartpole": Task(
         cartpole_log,
