@@ -34,6 +34,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "learning"
 PACKAGES = ("torch", "stable-baselines3", "d3rlpy", "gymnasium", "mujoco", "numpy")
 CONTINUOUS = ("cql", "calql", "sac", "d3rlpy-cql", "d3rlpy-calql", "d3rlpy-iql", "d3rlpy-bc")
 WEIGHTS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+MODERN = (
+    "cql",
+    "cql:layer_norm=True",
+    "cql:n_critics=10",
+    "cql:n_critics=10,n_target_critics=2",
+    "cql:batch_size=1024",
+    "cql:batch_size=1024,layer_norm=True,learning_rate=2e-3",
+)
+"""What a modern CQL might have, and the plain one."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +66,11 @@ GRIDS = {
         ("calql", "calql:return_tail=zero", "calql:return_tail=none", "calql:floor=50.0", "calql:floor=200.0", "cql"),
         n_seeds=3,
     ),
-    "pendulum-modern": Grid(
-        "pendulum",
-        (
-            "cql",
-            "cql:layer_norm=True",
-            "cql:n_critics=10",
-            "cql:n_critics=10,n_target_critics=2",
-            "cql:batch_size=1024",
-            "cql:batch_size=1024,layer_norm=True,learning_rate=2e-3",
-        ),
-        n_seeds=3,
-    ),
+    "pendulum-modern": Grid("pendulum", MODERN, n_seeds=3),
     "bridge": Grid("bridge", (*CONTINUOUS, "cql:cql_variant=pointwise"), online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql")),
     "bridge-weight": Grid("bridge", ("sac", "d3rlpy-bc", *(f"cql:cql_alpha={weight}" for weight in WEIGHTS))),
+    "bridge-backup": Grid("bridge", ("cql", "cql:max_q_backup=True", "calql", "calql:max_q_backup=False")),
+    "bridge-modern": Grid("bridge", MODERN),
     "pointmaze": Grid("pointmaze", CONTINUOUS, online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql"), n_seeds=3),
     "cartpole": Grid(
         "cartpole",
