@@ -126,8 +126,9 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return bool(self.read().get("finished"))
+        """Whether there is nothing left to do: a grid without online phase may have run it before."""
+        found = self.read()
+        return bool(found.get("finished")) and (not self.online or "online" in found)
 
 
 def cells(names: Iterable[str], arguments: argparse.Namespace) -> Iterator[Cell]:

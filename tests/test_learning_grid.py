@@ -68,6 +68,22 @@ def test_a_killed_cell_goes_on(learning: ModuleType, tmp_path: Path, monkeypatch
     assert {"predicted", "actual", "q_data", "q_random", "score", "bound_rate"} <= set(found["offline"][-1])
 
 
+def test_another_grid_adds_the_online_phase(learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import learners
+
+    rest = ("f32", tmp_path / "results", tmp_path / "runs", 0.002)
+    offline, online = (learning.Cell("cartpole", "cql", 0, is_online, *rest) for is_online in (False, True))
+    learning.run_cell(offline)
+    assert offline.finished
+    assert not online.finished
+    before = offline.read()
+    monkeypatch.setattr(learners.SB3Learner, "train", None)  # not called again
+    learning.run_cell(online)
+    assert online.finished
+    assert online.read()["offline"] == before["offline"]
+    assert [point["step"] for point in online.read()["online"]] == [0, 2, 4, 6, 8, 10]
+
+
 def test_from_the_command_line(tmp_path: Path) -> None:
     only = ["--seeds", "0", "--only", "d3rlpy-bc"]
     assert run(tmp_path, *only, "--list").stdout == "cartpole/d3rlpy-bc_seed0: 0 gradient steps\n"
