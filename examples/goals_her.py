@@ -47,7 +47,7 @@ class Reach(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return -(np.linalg.norm(achieved_goal - desired_goal, axis=-1) > 0.15).astype(np.float32)
 
     def _seen(self) -> dict[str, np.ndarray]:
-        return {"observation": self.place, "achieved_goal": self.place, "desired_goal": self.goal}
+        return {"observation": self.place.copy(), "achieved_goal": self.place.copy(), "desired_goal": self.goal.copy()}
 
 
 def make_log(episodes: int) -> OfflineDataset:
