@@ -34,6 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "learning"
 PACKAGES = ("torch", "stable-baselines3", "d3rlpy", "gymnasium", "mujoco", "numpy")
 CONTINUOUS = ("cql", "calql", "sac", "d3rlpy-cql", "d3rlpy-calql", "d3rlpy-iql", "d3rlpy-bc")
 WEIGHTS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+BACKUPS = ("cql", "cql:max_q_backup=True", "calql", "calql:max_q_backup=False")
 MODERN = (
     "cql",
     "cql:layer_norm=True",
@@ -69,7 +70,7 @@ GRIDS = {
     "pendulum-modern": Grid("pendulum", MODERN, n_seeds=3),
     "bridge": Grid("bridge", (*CONTINUOUS, "cql:cql_variant=pointwise"), online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql")),
     "bridge-weight": Grid("bridge", ("sac", "d3rlpy-bc", *(f"cql:cql_alpha={weight}" for weight in WEIGHTS))),
-    "bridge-backup": Grid("bridge", ("cql", "cql:max_q_backup=True", "calql", "calql:max_q_backup=False")),
+    "bridge-backup": Grid("bridge", BACKUPS, online=BACKUPS),
     "bridge-modern": Grid("bridge", MODERN),
     "pointmaze": Grid("pointmaze", CONTINUOUS, online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql"), n_seeds=3),
     "cartpole": Grid(
