@@ -28,6 +28,7 @@ LABELS = {
     "calql": "Cal-QL (ours, SB3)",
     "sac": "SAC (SB3)",
     "cql:cql_alpha=0.0": "without conservatism",
+    "cql:cql_variant=pointwise": "Eq. 1 (ours, pointwise)",
     "d3rlpy-cql": "CQL (d3rlpy)",
     "d3rlpy-calql": "Cal-QL (d3rlpy)",
     "d3rlpy-iql": "IQL (d3rlpy)",
@@ -76,7 +77,8 @@ def shown(values: Sequence[float], of: str = "iqm", digits: int = 1) -> str:
 
 
 def label(arm: str) -> str:
-    return LABELS.get(arm, arm.partition(":")[2] or arm)
+    name, _, options = arm.partition(":")
+    return LABELS.get(arm) or f"{LABELS[name].partition(' (')[0]}, {options.replace(',', ', ')}"
 
 
 def curve(runs: list[dict[str, Any]], name: str, phase: str = "offline") -> tuple[np.ndarray, np.ndarray]:
@@ -205,6 +207,7 @@ def draw_weights(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]], 
             axis.set_xscale("symlog", linthresh=0.1, linscale=0.5)
             axis.set_xticks(list(values), [f"{weight:g}" for weight in values])
             axis.minorticks_off()
+            axis.set_xlim(left=-0.03)
             axis.set_title(title, fontsize=10, loc="left")
             axis.set_xlabel("weight, cql_alpha")
             axis.set_ylabel(quantity)
