@@ -6,6 +6,7 @@ import ast
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -146,6 +147,14 @@ class TestMetadata:
     def test_constraints_are_exact_and_portable(self, pins: dict[str, str], repo_root: Path) -> None:
         assert all(re.fullmatch(r"==[0-9][0-9a-z.]*", pin) for pin in pins.values()), "no local builds, no ranges"
         assert "://" not in (repo_root / "constraints.txt").read_text()
+
+
+def test_nothing_that_training_leaves_behind_is_tracked(repo_root: Path) -> None:
+    if not (repo_root / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout, or no git")
+    tracked = subprocess.run(["git", "ls-files"], cwd=repo_root, capture_output=True, text=True, check=True).stdout
+    folders = {name.partition("/")[0] for name in tracked.splitlines() if "/" in name}
+    assert folders == {".ci", "adapters", "benchmarks", "cql_plugins", "docs", "examples", "tests"}
 
 
 class TestAdaptersFolder:
