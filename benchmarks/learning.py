@@ -71,7 +71,8 @@ GRIDS = {
     "bridge": Grid("bridge", (*CONTINUOUS, "cql:cql_variant=pointwise"), online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql")),
     "bridge-weight": Grid("bridge", ("sac", "d3rlpy-bc", *(f"cql:cql_alpha={weight}" for weight in WEIGHTS))),
     "bridge-backup": Grid("bridge", (*BACKUPS, "cql:target_action=mode"), online=BACKUPS),
-    "bridge-modern": Grid("bridge", MODERN),
+    "bridge-modern": Grid("bridge", MODERN, n_seeds=3),
+    "bridge-long": Grid("bridge-long", ("cql", "cql:target_action=mode", "d3rlpy-cql")),
     "pointmaze": Grid("pointmaze", CONTINUOUS, online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql"), n_seeds=3),
     "cartpole": Grid(
         "cartpole",
@@ -176,8 +177,10 @@ def run_cell(cell: Cell) -> str:
     from tasks import TASKS
     from train import commit
 
+    from cql_plugins.ensembles import multiplies_bf16
+
     task = TASKS[cell.task].cut(cell.fraction)
-    precision = cell.precision or task.precision
+    precision = cell.precision or (task.precision if multiplies_bf16() else "f32")
     learner = learners.make(cell.arm, task, cell.seed, precision)
     result = cell.read()
     checkpoint = cell.checkpoint_path / result.get("checkpoint", "none")
@@ -272,7 +275,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="*", help="default: those of the grid")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes, of one thread each")
     parser.add_argument("--ray", action="store_true", help="hand the cells to Ray")
-    parser.add_argument("--precision", choices=("f32", "bf16"), help="of our algorithms; default: the task's")
+    parser.add_argument(
+        "--precision", choices=("f32", "bf16"), help="of our algorithms; default: the task's where the processor has it"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "learning")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the steps, to try things; use other folders")

@@ -551,6 +551,8 @@ def build(spec: Spec, shape: Shape, data: Data, source: Any, device: str) -> Con
     Raises:
         LeftOutError: If it cannot take part.
     """
+    if spec.precision == "bf16" and device == "cpu" and not ensembles.multiplies_bf16():
+        raise LeftOutError("this processor has no bfloat16 products")
     make = {"single": _single, "d3rlpy": _d3rlpy, "ours-d3rlpy": _d3rlpy, "ours-sb3": _ours_sb3, "sac": _sac}[spec.kind]
     return make(spec, shape, data, source, device)
 

@@ -258,6 +258,23 @@ def make_pen() -> gym.Env[Any, Any]:
     return gym.wrappers.TimeLimit(EndsWhenDropped(env.unwrapped), 100)
 
 
+BRIDGE = Task(
+    bridge_log,
+    lambda: quickstart().Bridge(),
+    steps=4000,
+    eval_every=500,
+    eval_episodes=50,
+    online_steps=2000,
+    online_eval_every=250,
+    net_arch=(64, 64),
+    batch_size=128,
+    gamma=0.95,
+    host={"tau": 0.01, "ent_coef": "auto_0.1"},
+    common={"cql_alpha": 1.0, "learning_rate": 1e-3, "actor_learning_rate": 1e-3},
+    iql={"expectile": 0.7, "weight_temp": 3.0},
+    precision="f32",
+    reference=(0.0, 10.0),
+)
 TASKS: dict[str, Task] = {
     "pendulum": Task(
         pendulum_log,
@@ -274,23 +291,8 @@ TASKS: dict[str, Task] = {
         precision="f32",
         reference=(-1230.0, -150.0),  # random actions, about the best there is
     ),
-    "bridge": Task(
-        bridge_log,
-        lambda: quickstart().Bridge(),
-        steps=4000,
-        eval_every=500,
-        eval_episodes=50,
-        online_steps=2000,
-        online_eval_every=250,
-        net_arch=(64, 64),
-        batch_size=128,
-        gamma=0.95,
-        host={"tau": 0.01, "ent_coef": "auto_0.1"},
-        common={"cql_alpha": 1.0, "learning_rate": 1e-3, "actor_learning_rate": 1e-3},
-        iql={"expectile": 0.7, "weight_temp": 3.0},
-        precision="f32",
-        reference=(0.0, 10.0),
-    ),
+    "bridge": BRIDGE,
+    "bridge-long": replace(BRIDGE, steps=8000, online_steps=0),
     "pointmaze": Task(
         pointmaze_log,
         make_pointmaze,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -342,3 +344,33 @@ class TestDoor:
     def test_refuses_other_shapes(self, features: Any, actions: Any, words: str) -> None:
         with pytest.raises(ValueError, match=words):
             evaluate_actions(layers_of(make_networks()), th.zeros(features), th.zeros(actions))
+
+
+class TestSlowBfloat16:
+    """A processor without bfloat16 products is not left to crawl in silence."""
+
+    def test_warns_where_there_are_no_such_products(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ensembles, "multiplies_bf16", lambda: False)
+        with pytest.warns(UserWarning, match=r"precision='bf16' is slow on this processor.*Set precision='f32'"):
+            ensembles.warn_of_slow_bf16("bf16", th.device("cpu"))
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize(
+        ("precision", "device", "has_products"), [("bf16", "cpu", True), ("f32", "cpu", False), ("bf16", "cuda", False)]
+    )
+    def test_says_nothing_elsewhere(
+        self, monkeypatch: pytest.MonkeyPatch, precision: str, device: str, has_products: bool
+    ) -> None:
+        monkeypatch.setattr(ensembles, "multiplies_bf16", lambda: has_products)
+        ensembles.warn_of_slow_bf16(precision, th.device(device))
+
+    def test_it_is_what_the_processor_has(self) -> None:
+        """Linux lists the processor's instructions; AVX-512 is what oneDNN computes bfloat16 with on x86."""
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+        if not re.search(r"^flags\s*:", flags, re.MULTILINE):
+            pytest.skip("the instructions of an x86 processor are read from /proc/cpuinfo")
+        assert ensembles.multiplies_bf16() == all(f" avx512{part}" in flags for part in ("vl", "bw", "dq"))
+
+    def test_a_build_that_cannot_tell_is_not_warned_of(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ensembles.th, "ops", None)
+        assert ensembles.multiplies_bf16()

@@ -169,6 +169,40 @@ def test_settings_of_the_host_reach_everyone(arm: str, learning: ModuleType) -> 
     assert (plain.algo.config if arm.startswith("d3rlpy") else plain.model).tau == 0.005
 
 
+@pytest.mark.parametrize(
+    ("task", "has_products", "asked", "expected"),
+    [
+        ("halfcheetah-replay", True, None, "bf16"),
+        ("halfcheetah-replay", False, None, "f32"),
+        ("halfcheetah-replay", False, "bf16", "bf16"),
+        ("pendulum", True, None, "f32"),
+    ],
+)
+def test_bfloat16_where_the_processor_has_it(
+    task: str,
+    has_products: bool,
+    asked: str | None,
+    expected: str,
+    learning: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    import learners
+
+    from cql_plugins import ensembles
+
+    class MadeError(Exception):
+        pass
+
+    def make(arm: str, task: Any, seed: int, precision: str) -> Any:
+        raise MadeError(precision)
+
+    monkeypatch.setattr(learners, "make", make)
+    monkeypatch.setattr(ensembles, "multiplies_bf16", lambda: has_products)
+    with pytest.raises(MadeError, match=expected):
+        learning.run_cell(learning.Cell(task, "cql", 0, False, asked, tmp_path, tmp_path))
+
+
 def test_verdicts(learning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import claims
 

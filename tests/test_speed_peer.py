@@ -187,3 +187,16 @@ def test_options_that_do_not_exist_leave_their_row_out(speed: ModuleType) -> Non
     assert speed._require(spec, set(), wanted | {"precision": "f32"}) == {}
     with pytest.raises(speed.LeftOutError, match="no option precision"):
         speed._require(spec, {"compile"}, wanted)
+
+
+def test_no_bfloat16_where_the_processor_has_none(speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(speed, "_ours_sb3", lambda spec, *_: built.append(spec.precision))
+    monkeypatch.setattr(speed.ensembles, "multiplies_bf16", lambda: False)
+    with pytest.raises(speed.LeftOutError, match="no bfloat16 products"):
+        speed.build(speed.Spec("ours", "ours-sb3", False, "bf16"), speed.SHAPES["halfcheetah"], None, None, "cpu")
+    speed.build(speed.Spec("ours", "ours-sb3", False, "f32"), speed.SHAPES["halfcheetah"], None, None, "cpu")
+    speed.build(speed.Spec("ours", "ours-sb3", False, "bf16"), speed.SHAPES["halfcheetah"], None, None, "cuda")
+    monkeypatch.setattr(speed.ensembles, "multiplies_bf16", lambda: True)
+    speed.build(speed.Spec("ours", "ours-sb3", False, "bf16"), speed.SHAPES["halfcheetah"], None, None, "cpu")
+    assert built == ["f32", "bf16", "bf16"]

@@ -15,7 +15,7 @@ from d3rlpy.types import Shape
 from cql_plugins import losses
 from cql_plugins.d3rlpy.impl import CQLImpl, DiscreteCQLImpl
 from cql_plugins.d3rlpy.offline import OfflineToOnlineMixin, adopt_signatures, register_once
-from cql_plugins.ensembles import PRECISIONS, Precision
+from cql_plugins.ensembles import PRECISIONS, Precision, warn_of_slow_bf16
 from cql_plugins.losses import CQLVariant
 
 OfflineFraction = float | Literal["proportional"]
@@ -53,7 +53,8 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
         conventions: ``"paper"`` or ``"d3rlpy"``, see above.
         precision: ``"bf16"`` computes the hidden layers of the critics' training pass with bfloat16 numbers. Output layers,
             losses, targets, parameters and optimisers stay float32. For perceptrons with rectified linear units, over images
-            after plain convolutions, in one process; other critics stay float32 throughout.
+            after plain convolutions, in one process; other critics stay float32 throughout. A processor without such products
+            is many times slower with it, and a warning says so.
 
     Raises:
         ValueError: If a field is out of its range.
@@ -138,6 +139,7 @@ class CQL(OfflineToOnlineMixin, d3rlpy.algos.CQL):
         """
         super().inner_create_impl(observation_shape, action_size)
         assert isinstance(self._impl, HostCQLImpl)
+        warn_of_slow_bf16(self._config.precision, self._impl.device)
         self._impl = self._wrap_impl(self._impl)
         self._watch(self._impl)
 

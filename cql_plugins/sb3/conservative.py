@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
 from stable_baselines3.common.utils import configure_logger
 
-from cql_plugins.ensembles import PRECISIONS, Precision
+from cql_plugins.ensembles import PRECISIONS, Precision, warn_of_slow_bf16
 from cql_plugins.returns import RETURN_TAILS, ReturnTail
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
@@ -41,7 +41,8 @@ class ConservativeMixin(WatchedMixin):
         cql_alpha_online: Weight during ``learn``; ``None`` keeps ``cql_alpha``. With 0 the gap is not computed: the base
             class's cost.
         precision: ``"bf16"`` computes the hidden layers of the critics' training pass with bfloat16 numbers (and an image's
-            features in it). Output layers, losses, targets, the actor, parameters and optimisers stay float32.
+            features in it). Output layers, losses, targets, the actor, parameters and optimisers stay float32. A processor
+            without such products is many times slower with it, and a warning says so.
         compile: On a GPU, replay each gradient step as one CUDA graph, which does what the step would have done. Needs
             Adam or one of its kin, no gSDE, and one process; no effect on the CPU.
         **kwargs: See the base class and :class:`OfflineMixin`.
@@ -122,6 +123,7 @@ class ConservativeMixin(WatchedMixin):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        warn_of_slow_bf16(self.precision, self.device)
         if self.compile:
             unknown = [type(o).__name__ for o in self._all_optimizers() if not is_capturable(o)]
             if unknown or getattr(self, "use_sde", False):

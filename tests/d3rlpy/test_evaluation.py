@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 
+from cql_plugins import ensembles
 from cql_plugins.d3rlpy import CalQLConfig, CQLConfig
 from cql_plugins.d3rlpy.impl import _critics
 
@@ -91,6 +92,13 @@ def test_precision_is_saved_and_checked() -> None:
     assert CQLConfig.deserialize(config.serialize()).precision == "bf16"
     with pytest.raises(ValueError, match=r"precision must be one of .* got 'fp16'"):
         CQLConfig(precision="fp16")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [CQLConfig, CalQLConfig])
+def test_warns_where_the_precision_is_slow(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ensembles, "multiplies_bf16", lambda: False)
+    with pytest.warns(UserWarning, match="precision='bf16' is slow on this processor"):
+        make("vector", config, precision="bf16")
 
 
 def test_update_uses_the_precision() -> None:

@@ -17,6 +17,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
+from cql_plugins import ensembles
 from cql_plugins.sb3 import CQL, CalQL, DiscreteCalQL, DiscreteCQL
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import with_returns_to_go
@@ -126,6 +127,15 @@ class TestPrecision:
     def test_refuses_other_names(self, algorithm: Any) -> None:
         with pytest.raises(ValueError, match=r"precision must be one of .* got 'fp16'"):
             make_model(algorithm, precision="fp16")
+
+    @pytest.mark.parametrize("algorithm", [CQL, DiscreteCQL])
+    def test_warns_where_it_is_slow(self, algorithm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        make_model(algorithm, precision="bf16").save(tmp_path / "model")
+        monkeypatch.setattr(ensembles, "multiplies_bf16", lambda: False)
+        with pytest.warns(UserWarning, match="precision='bf16' is slow on this processor"):
+            make_model(algorithm, precision="bf16")
+        with pytest.warns(UserWarning, match="precision='bf16' is slow on this processor"):
+            algorithm.load(tmp_path / "model", device="cpu")
 
     def test_is_saved(self, tmp_path: Path) -> None:
         make_model(CQL, precision="bf16", cql_n_backward=5).save(tmp_path / "model")
