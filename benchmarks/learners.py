@@ -72,8 +72,8 @@ def parse(arm: str) -> tuple[str, dict[str, Any]]:
 def make(arm: str, task: Task, seed: int, precision: str) -> Learner:
     """Make an arm's learner."""
     name, options = parse(arm)
-    if name.startswith("d3rlpy-"):
-        return D3RLPyLearner(name.removeprefix("d3rlpy-"), task, seed, options)
+    if name.startswith(("d3rlpy-", "ours-d3rlpy-")):
+        return D3RLPyLearner(name, task, seed, options)
     if name == "sac":
         return SACLearner(task, seed, options)
     return SB3Learner(name, task, seed, {"precision": precision} | options)
@@ -201,25 +201,26 @@ class SACLearner(SB3Learner):
         self._fill()
 
 
-# d3rlpy's own -------------------------------------------------------------------------------------------------------------
+# d3rlpy's own, and ours on its side ---------------------------------------------------------------------------------------
 
 
 class D3RLPyLearner:
-    """CQL, CalQL, IQL, BC and DoubleDQN of d3rlpy, with its own data set class, buffers and loops."""
+    """CQL, CalQL, IQL, BC and DoubleDQN of d3rlpy, and ours for it, with its data set class, buffers and loops."""
 
     def __init__(self, name: str, task: Task, seed: int, options: dict[str, Any]) -> None:
         import logging
 
         import structlog
 
-        import cql_plugins.d3rlpy  # noqa: F401  (imports d3rlpy without gym's notice)
+        import cql_plugins.d3rlpy  # first: it imports d3rlpy without gym's notice
 
         import d3rlpy  # isort: skip
 
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
         self.d3rlpy: Any = d3rlpy
         self.quiet = {"logger_adapter": d3rlpy.logging.NoopAdapterFactory(), "show_progress": False}
-        self.task, self.seed, self.name = task, seed, name
+        self.task, self.seed, self.name = task, seed, name.rpartition("d3rlpy-")[2]
+        self.algos: Any = cql_plugins.d3rlpy if name.startswith("ours-") else d3rlpy.algos
         self.dataset = task.load()
         self.data = as_mdp_dataset(self.dataset)
         self.settings = options
@@ -231,7 +232,7 @@ class D3RLPyLearner:
         self.eval_env.reset(seed=10_000 + seed)
 
     def _config(self, options: dict[str, Any]) -> Any:
-        algos, task = self.d3rlpy.algos, self.task
+        algos, task = self.algos, self.task
         nets = self.d3rlpy.models.encoders.VectorEncoderFactory(list(task.net_arch))
         scalers: dict[str, Any] = {}
         if task.normalize_observations:
@@ -241,7 +242,7 @@ class D3RLPyLearner:
         shared = {"batch_size": task.batch_size, "gamma": task.gamma, **scalers, **options}
         critic_lr = task.common.get("learning_rate", 3e-4)
         if task.is_discrete:
-            configs = {"cql": algos.DiscreteCQLConfig, "dqn": algos.DoubleDQNConfig, "bc": algos.DiscreteBCConfig}
+            classes = {"cql": "DiscreteCQLConfig", "dqn": "DoubleDQNConfig", "bc": "DiscreteBCConfig"}
             extra: dict[str, Any] = {"learning_rate": critic_lr, "encoder_factory": nets}
             if self.name != "bc":
                 extra["target_update_interval"] = 200
@@ -249,7 +250,7 @@ class D3RLPyLearner:
                 extra["alpha"] = task.common["cql_alpha"]
             if self.name == "bc":
                 shared.pop("gamma")
-            return configs[self.name](**extra, **shared)
+            return getattr(algos, classes[self.name])(**extra, **shared)
         if self.name == "bc":
             shared.pop("gamma")
             return algos.BCConfig(learning_rate=critic_lr, encoder_factory=nets, **shared)

@@ -31,6 +31,7 @@ LABELS = {
     "cql:cql_variant=pointwise": "Eq. 1 (ours, pointwise)",
     "d3rlpy-cql": "CQL (d3rlpy)",
     "d3rlpy-calql": "Cal-QL (d3rlpy)",
+    "ours-d3rlpy-cql": "CQL (ours, d3rlpy)",
     "d3rlpy-iql": "IQL (d3rlpy)",
     "d3rlpy-bc": "BC (d3rlpy)",
     "d3rlpy-dqn": "double DQN (d3rlpy)",

@@ -130,6 +130,8 @@ def test_arms(learning: ModuleType) -> None:
         "d3rlpy-calql",
         "d3rlpy-iql",
         "d3rlpy-bc",
+        "ours-d3rlpy-cql",
+        "ours-d3rlpy-calql:max_q_backup=False",
     ],
 )
 def test_every_arm_goes_on_from_its_checkpoint(arm: str, learning: ModuleType, tmp_path: Path) -> None:
@@ -151,14 +153,15 @@ def test_every_arm_goes_on_from_its_checkpoint(arm: str, learning: ModuleType, t
     assert again.evaluate(1)["returns"] != found["returns"], "it learns on"
 
 
-@pytest.mark.parametrize("arm", ["cql", "calql", "sac", "d3rlpy-cql", "d3rlpy-calql", "d3rlpy-iql"])
+@pytest.mark.parametrize("arm", ["cql", "calql", "sac", "d3rlpy-cql", "d3rlpy-calql", "d3rlpy-iql", "ours-d3rlpy-cql"])
 def test_settings_of_the_host_reach_everyone(arm: str, learning: ModuleType) -> None:
     import learners
     from tasks import TASKS
 
     task = TASKS["bridge"]
     learner = learners.make(arm, task, 0, "f32")
-    if arm.startswith("d3rlpy"):
+    if "d3rlpy" in arm:
+        assert type(learner.algo).__module__.startswith("cql_plugins" if arm.startswith("ours") else "d3rlpy")
         assert learner.algo.config.tau == task.host["tau"] == 0.01
         if arm != "d3rlpy-iql":
             assert learner.algo.config.initial_temperature == 0.1
@@ -166,7 +169,7 @@ def test_settings_of_the_host_reach_everyone(arm: str, learning: ModuleType) -> 
         assert learner.model.tau == task.host["tau"] == 0.01
         assert learner.model.log_ent_coef.exp().item() == pytest.approx(0.1)
     plain = learners.make(arm, TASKS["pendulum"], 0, "f32")
-    assert (plain.algo.config if arm.startswith("d3rlpy") else plain.model).tau == 0.005
+    assert (plain.algo.config if "d3rlpy" in arm else plain.model).tau == 0.005
 
 
 @pytest.mark.parametrize(
