@@ -131,6 +131,7 @@ def _sb3_options(algo: "AnyAlgo", modules: dict[str, Any]) -> "tuple[type[SAC], 
         "cql_lagrange_threshold": config.alpha_threshold if learns_multiplier else None,
         "cql_n_actions": config.n_action_samples,
         "max_q_backup": config.max_q_backup,
+        "mode_q_backup": _takes_the_mode(config),
         "backup_entropy": config.soft_q_backup,
     }
     is_calibrated = isinstance(algo, d3rlpy.algos.CalQL) or hasattr(config, "return_tail")
@@ -138,6 +139,13 @@ def _sb3_options(algo: "AnyAlgo", modules: dict[str, Any]) -> "tuple[type[SAC], 
     ours += ["return_tail", "calibrate_random"] if is_calibrated else []
     options |= {name: getattr(config, name) for name in ours if hasattr(config, name)}
     return (CalQL if is_calibrated else CQL), options
+
+
+def _takes_the_mode(config: Any) -> bool:
+    """Whether the target's action is the policy's mode: that of d3rlpy's own algorithms is, if nothing else is asked for."""
+    if getattr(config, "conventions", "d3rlpy") == "d3rlpy":
+        return not (config.soft_q_backup or config.max_q_backup)
+    return bool(config.mode_q_backup)
 
 
 def _warn_of_rate(field: str, rate: float, owner: str, taken: float) -> None:
@@ -319,6 +327,7 @@ def _d3rlpy_options(model: "SAC") -> tuple[Callable[..., Any], dict[str, Any]]:
         "n_action_samples": model.cql_n_actions,
         "soft_q_backup": model.backup_entropy,
         "max_q_backup": model.max_q_backup,
+        "mode_q_backup": model.mode_q_backup,
     }
     if model.cql_lagrange_threshold is not None:
         options |= {"alpha_learning_rate": model.lr_schedule(1.0), "alpha_threshold": model.cql_lagrange_threshold}

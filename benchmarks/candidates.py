@@ -42,19 +42,10 @@ class SubsetCQL(CQL):
         return losses.max_backup(values[chosen])
 
 
-class ModeCQL(CQL):
-    """CQL whose target takes the policy's mode instead of a sample, as d3rlpy's does."""
-
-    def _next_values(self, observations: th.Tensor | TensorDict, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        return super()._next_values(observations, self.actor(observations, deterministic=True).unsqueeze(1))
-
-
 def build(options: dict[str, Any]) -> tuple[type[CQL], type[SACPolicy] | str, dict[str, Any]]:
     """Take the candidates' options out of an arm's; return class, policy and the policy's arguments."""
     policy = LayerNormPolicy if options.pop("layer_norm", False) else "MlpPolicy"
     nets = {"n_critics": options.pop("n_critics")} if "n_critics" in options else {}
     subset = options.pop("n_target_critics", 0)
-    if options.pop("target_action", "sample") == "mode":
-        return ModeCQL, policy, nets
     algorithm = type("SubsetCQL", (SubsetCQL,), {"n_target_critics": subset}) if subset else CQL
     return algorithm, policy, nets

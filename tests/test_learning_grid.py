@@ -124,7 +124,7 @@ def test_arms(learning: ModuleType) -> None:
         "cql",
         "cql:layer_norm=True,n_critics=3,n_target_critics=2",
         "calql:floor=5.0",
-        "cql:target_action=mode",
+        "cql:mode_q_backup=True",
         "sac",
         "d3rlpy-cql",
         "d3rlpy-calql",

@@ -44,6 +44,8 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
         n_action_samples: Actions sampled in each of the three groups (uniform, current policy, policy at the next state).
         soft_q_backup: Whether the target has SAC's entropy term. Not together with ``max_q_backup``.
         max_q_backup: Target is the best of ``n_action_samples`` sampled actions, the minimum over critics first.
+        mode_q_backup: Target takes the policy's mode instead of a sample, as with ``conventions="d3rlpy"``: critics of the
+            policy that ``predict`` plays. With neither of the two others.
         cql_variant: ``"H"`` (Eq. 4), ``"rho"`` (proposal is the frozen policy, Eq. 3), ``"mu"`` (Eq. 2) or ``"pointwise"``
             (Eq. 1, only to reproduce Table 4).
         cql_temperature: ``T`` of the soft maximum, positive; it divides Q, not the densities.
@@ -67,6 +69,7 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
     normalize_gap: bool = False
     offline_fraction: OfflineFraction = 0.5
     conventions: Literal["paper", "d3rlpy"] = "paper"
+    mode_q_backup: bool = False
     precision: Precision = "f32"
     _host_config: ClassVar[type[d3rlpy.algos.CQLConfig]] = d3rlpy.algos.CQLConfig
 
@@ -84,6 +87,9 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
             raise ValueError(f"precision must be one of {PRECISIONS}; got {self.precision!r}.")
         if self.soft_q_backup and self.max_q_backup:
             raise ValueError("soft_q_backup and max_q_backup exclude each other in d3rlpy; choose one.")
+        if self.mode_q_backup and (self.soft_q_backup or self.max_q_backup):
+            other = "max_q_backup" if self.max_q_backup else "soft_q_backup"
+            raise ValueError(f"mode_q_backup and {other} exclude each other; set one of them to False.")
 
     @classmethod
     def from_d3rlpy(cls, config: d3rlpy.algos.CQLConfig | dict[str, Any], **changes: Any) -> Self:

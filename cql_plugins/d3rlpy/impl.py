@@ -191,7 +191,7 @@ class CQLImpl(HostCQLImpl):
 
     @th.no_grad()
     def compute_target(self, batch: TorchMiniBatch) -> th.Tensor:
-        """``V(s')``: of a sampled action, or of the best of several; d3rlpy's convention takes the policy's mean.
+        """``V(s')``: of a sampled action, of the best of several or of the policy's mode, as in d3rlpy's convention.
 
         Args:
             batch: The batch.
@@ -202,6 +202,9 @@ class CQLImpl(HostCQLImpl):
         if self._options.conventions == "d3rlpy":
             return super().compute_target(batch)
         policy = self._gaussian(batch.next_observations)
+        if self._options.mode_q_backup:
+            mode = th.tanh(policy.mean)
+            return self._targ_q_func_forwarder.compute_target(batch.next_observations, mode, reduction="min")
         n_actions = self._n_action_samples if self._max_q_backup else 1
         proposed = losses.propose_from_policy(policy.mean, policy.std, n_actions)
         actions, log_density = proposed.actions[:, 0], proposed.log_density[:, :1]

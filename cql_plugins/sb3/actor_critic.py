@@ -148,6 +148,8 @@ class ConservativeActorCritic(ConservativeMixin):
             Q already has a gap of about ``A log 2 + log 3N`` (hopper 5.5, walker 7.6, AntMaze 8.9, pen 20.0, door 22.8), so
             ``tau`` means nothing across tasks unless ``normalize_gap`` is on.
         max_q_backup: Target is the best of ``cql_n_actions`` sampled actions, the minimum over critics first.
+        mode_q_backup: Target takes the policy's mode instead of a sample, as d3rlpy's does: critics of the policy that
+            ``predict(deterministic=True)`` plays. With neither of the two others.
         backup_entropy: Whether the target has the entropy term of maximum-entropy learning.
         bc_steps: Gradient steps during which the actor clones the data's actions first.
         cql_n_backward: On the CPU, send the critics' gradient back through so many actions of a state on average, drawn in
@@ -164,6 +166,7 @@ class ConservativeActorCritic(ConservativeMixin):
         "cql_n_actions",
         "cql_variant",
         "max_q_backup",
+        "mode_q_backup",
         "backup_entropy",
         "target_entropy",
         "calibrate_random",
@@ -189,6 +192,7 @@ class ConservativeActorCritic(ConservativeMixin):
         cql_variant: CQLVariant = "H",
         cql_lagrange_threshold: float | None = None,
         max_q_backup: bool = False,
+        mode_q_backup: bool = False,
         backup_entropy: bool = False,
         bc_steps: int = 0,
         cql_n_backward: int | None = None,
@@ -202,12 +206,19 @@ class ConservativeActorCritic(ConservativeMixin):
             raise ValueError(f"bc_steps must be an integer >= 0; got {bc_steps!r}.")
         if cql_n_backward is not None and not (isinstance(cql_n_backward, int) and cql_n_backward >= 1):
             raise ValueError(f"cql_n_backward must be None or an integer >= 1; got {cql_n_backward!r}.")
+        others = [name for name, on in (("max_q_backup", max_q_backup), ("backup_entropy", backup_entropy)) if on]
+        if mode_q_backup and others:
+            raise ValueError(
+                f"mode_q_backup takes one action, the policy's mode, without entropy; {' and '.join(others)} cannot be on "
+                f"as well. Set {', '.join(f'{name}=False' for name in others)}."
+            )
         self.cql_n_backward = cql_n_backward
         self.actor_learning_rate = actor_learning_rate
         self.cql_n_actions = cql_n_actions
         self.cql_variant: CQLVariant = cql_variant
         self.cql_lagrange_threshold = cql_lagrange_threshold
         self.max_q_backup = max_q_backup
+        self.mode_q_backup = mode_q_backup
         self.backup_entropy = backup_entropy
         self.bc_steps = bc_steps
         self.log_cql_lagrange: th.Tensor | None = None
@@ -391,6 +402,10 @@ class ConservativeActorCritic(ConservativeMixin):
             proposed = losses.propose_from_policy(gaussian.mean, gaussian.std, self.cql_n_actions)
             next_values, best = self._next_values(batch.next_observations, proposed.actions)
             next_log_prob = proposed.log_density.gather(1, best)
+        elif self.mode_q_backup:
+            gaussian = self._policy_gaussian(batch.next_observations)
+            next_values, _ = self._next_values(batch.next_observations, self.actor.action_dist.mode().unsqueeze(1))
+            next_log_prob = next_values.new_zeros(())
         else:
             actions, log_prob = self.actor.action_log_prob(batch.next_observations)
             distribution = self.actor.action_dist.distribution

@@ -386,6 +386,7 @@ _OPTIONS: dict[str, Kind] = {
     "cql_variant": choice(*CQL_VARIANTS),
     "cql_lagrange_threshold": optional(NUMBER),
     "max_q_backup": FLAG,
+    "mode_q_backup": FLAG,
     "backup_entropy": FLAG,
     "bc_steps": _COUNT,
     "cql_n_backward": optional(integer(1)),

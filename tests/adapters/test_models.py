@@ -194,6 +194,25 @@ class TestToSB3:
         assert fixed.ent_coef == pytest.approx(math.exp(-0.7))
         assert to_sb3_model(algo, Small(), device="cpu", tau=0.5).tau == 0.5
 
+    @pytest.mark.parametrize(
+        ("config", "options", "expected"),
+        [
+            (d3rlpy.algos.CQLConfig, {}, True),
+            (d3rlpy.algos.CalQLConfig, {}, True),
+            (d3rlpy.algos.CQLConfig, {"soft_q_backup": True}, False),
+            (d3rlpy.algos.CQLConfig, {"max_q_backup": True}, False),
+            (CQLConfig, {"conventions": "d3rlpy"}, True),
+            (CQLConfig, {"mode_q_backup": True}, True),
+            (CQLConfig, {}, False),
+            (CalQLConfig, {"max_q_backup": False}, False),
+        ],
+    )
+    def test_the_targets_action(self, config: Any, options: dict[str, Any], expected: bool) -> None:
+        """d3rlpy's own target takes the policy's mode; a model that came from it goes on so, and comes back so."""
+        model: Any = to_sb3_model(built(config, **options), Small(), device="cpu")
+        assert model.mode_q_backup is expected
+        assert to_d3rlpy_model(model).config.mode_q_backup is expected
+
     def test_goes_on_online_with_four_environments(self) -> None:
         algo = built(CalQLConfig, observation_scaler=STANDARD, n_action_samples=2, batch_size=16)
         env = make_vec_env(Small, n_envs=4)

@@ -352,6 +352,8 @@ class TestConfigs:
             (CQLConfig, {"offline_fraction": 1.5}, "offline_fraction must be in"),
             (CQLConfig, {"conventions": "mine"}, 'conventions must be "paper" or "d3rlpy"'),
             (CQLConfig, {"soft_q_backup": True, "max_q_backup": True}, "exclude each other"),
+            (CQLConfig, {"soft_q_backup": True, "mode_q_backup": True}, "mode_q_backup and soft_q_backup exclude each other"),
+            (CalQLConfig, {"mode_q_backup": True}, "mode_q_backup and max_q_backup exclude each other"),
             (CalQLConfig, {"return_tail": "open"}, "return_tail must be one of"),
             (DiscreteCQLConfig, {"alpha": float("nan")}, "alpha must be a number >= 0; got nan"),
             (DiscreteCalQLConfig, {"return_tail": "open"}, "return_tail must be one of"),

@@ -115,6 +115,26 @@ class TestBesideD3rlpysOwn:
         same_weights(theirs, ours)
         assert largest_difference(run(ours, noise(7)), run(theirs, noise(7))) > 1e-4
 
+    def test_the_mode_is_what_differs(self, noise: Callable[[int], Any]) -> None:
+        """With the mode in the target, and twice the loss taken by the learning rate, the paper's convention is d3rlpy's."""
+        options = {
+            "n_action_samples": N,
+            "alpha_learning_rate": 0.0,
+            "initial_alpha": 1.0,
+            "alpha_threshold": 0.0,
+            "critic_optim_factory": d3rlpy.optimizers.SGDFactory(),
+            "critic_learning_rate": 1e-3,
+        }
+        theirs = built(d3rlpy.algos.CQLConfig(**options))
+        ends = {}
+        for mode in (True, False):
+            ours = built(CQLConfig(**(options | {"critic_learning_rate": 2e-3, "mode_q_backup": mode})))
+            same_weights(theirs, ours)
+            ends[mode] = run(ours, noise(7))
+        expected = run(theirs, noise(7))
+        assert largest_difference(ends[True], expected) < 1e-5
+        assert largest_difference(ends[False], expected) > 1e-4
+
     def test_cal_ql(self, noise: Callable[[int], Any]) -> None:
         theirs = built(d3rlpy.algos.CalQLConfig(n_action_samples=N))
         ours = built(CalQLConfig.from_d3rlpy(theirs.config))
@@ -147,6 +167,7 @@ SIDES: dict[str, tuple[Any, dict[str, Any]]] = {
     "normalised": (CQLConfig, {"normalize_gap": True, "n_critics": 3}),
     "max backup": (CQLConfig, {"max_q_backup": True}),
     "soft backup": (CQLConfig, {"soft_q_backup": True}),
+    "mode backup": (CQLConfig, {"mode_q_backup": True}),
     "Lagrange": (CQLConfig, {"alpha_learning_rate": 3e-4, "alpha_threshold": 2.0, "initial_alpha": 2.7}),
     "fixed multiplier": (CQLConfig, {"initial_alpha": 0.7}),
     "Cal-QL": (CalQLConfig, {}),

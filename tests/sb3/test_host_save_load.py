@@ -104,6 +104,8 @@ def test_every_option_survives(algorithm: Any, host: Any, dataset: Any, tmp_path
     options["cql_clip_diff"] = list(options["cql_clip_diff"])
     assert {name: getattr(again, name) for name in options} == options
     again.learn_offline(dataset, 1)
+    host.build(algorithm, max_q_backup=False, mode_q_backup=True).save(tmp_path / "mode")
+    assert algorithm.load(tmp_path / "mode").mode_q_backup
     # An option given to load() replaces the saved one.
     assert algorithm.load(tmp_path / "model", cql_alpha=1.0).cql_alpha == 1.0
 

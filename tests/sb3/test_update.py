@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,38 @@ class TestTarget:
             value = value - 0.3 * drawn.log_density.numpy()[np.arange(12), best]
         expected = batch.rewards.numpy()[:, 0] + 0.99 * (1 - batch.dones.numpy()[:, 0]) * value
         assert np.allclose(target[:, 0], expected, atol=1e-5)
+
+    def test_mode_backup(self) -> None:
+        model, batch, target, drawn = self.recorded(mode_q_backup=True)
+        assert drawn == [], "nothing is sampled"
+        mode = model.predict(np.asarray(batch.next_observations), deterministic=True)[0]
+        q = numpy_q(model.critic_target.state_dict(), np.asarray(batch.next_observations), mode[:, None])
+        done = batch.dones.numpy()[:, 0]
+        expected = batch.rewards.numpy()[:, 0] + 0.99 * (1 - done) * q[:, :, 0].min(axis=0)
+        assert np.allclose(target[:, 0], expected, atol=1e-5)
+        sampled = self.recorded()[2]
+        assert not np.allclose(target[:, 0], sampled[:, 0], atol=1e-3), "the twin's target is another"
+
+    def test_proposals_of_the_next_state_are_drawn_from_the_policy_there(self) -> None:
+        """Whatever the target's action: the soft maximum has samples, not the mode."""
+        gaussians = []
+        for mode_q_backup in (False, True):
+            model = make_model(ent_coef=0.3, mode_q_backup=mode_q_backup)
+            gaussians.append(model._compute_target(model.sample_batch(12), model.ent_coef_tensor)[1])
+        assert all(th.equal(*pair) for pair in zip(*gaussians, strict=True))
+        assert (gaussians[1].std > 0).all()
+
+    @pytest.mark.parametrize(
+        ("algorithm", "options", "message"),
+        [
+            (CQL, {"max_q_backup": True}, "max_q_backup cannot be on as well. Set max_q_backup=False."),
+            (CQL, {"backup_entropy": True}, "backup_entropy cannot be on as well. Set backup_entropy=False."),
+            (CalQL, {}, "Set max_q_backup=False."),
+        ],
+    )
+    def test_one_target_at_a_time(self, algorithm: Any, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make_model(algorithm, mode_q_backup=True, **options)
 
     def test_time_outs_bootstrap(self) -> None:
         model = make_model()
