@@ -60,7 +60,9 @@ GRIDS = {
     "pendulum": Grid("pendulum", CONTINUOUS),
     "pendulum-weight": Grid("pendulum", tuple(f"cql:cql_alpha={weight}" for weight in WEIGHTS), n_seeds=3),
     "pendulum-variants": Grid(
-        "pendulum", ("cql", "cql:cql_variant=pointwise", "cql:cql_variant=rho", "cql:cql_variant=mu", "sac"), n_seeds=3
+        "pendulum",
+        ("cql", "cql:mode_q_backup=True", "cql:cql_variant=pointwise", "cql:cql_variant=rho", "cql:cql_variant=mu", "sac"),
+        n_seeds=3,
     ),
     "pendulum-reference": Grid(
         "pendulum",
