@@ -72,7 +72,11 @@ GRIDS = {
     "pendulum-modern": Grid("pendulum", MODERN, n_seeds=3),
     "bridge": Grid("bridge", (*CONTINUOUS, "cql:cql_variant=pointwise"), online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql")),
     "bridge-weight": Grid("bridge", ("sac", "d3rlpy-bc", *(f"cql:cql_alpha={weight}" for weight in WEIGHTS))),
-    "bridge-backup": Grid("bridge", (*BACKUPS, "cql:mode_q_backup=True", "ours-d3rlpy-cql", "d3rlpy-cql"), online=BACKUPS),
+    "bridge-backup": Grid(
+        "bridge",
+        (*BACKUPS, "cql:mode_q_backup=True", "ours-d3rlpy-cql", "ours-d3rlpy-cql:mode_q_backup=True", "d3rlpy-cql"),
+        online=BACKUPS,
+    ),
     "bridge-modern": Grid("bridge", MODERN, n_seeds=3),
     "bridge-long": Grid("bridge-long", ("cql", "cql:mode_q_backup=True", "ours-d3rlpy-cql", "d3rlpy-cql")),
     "pointmaze": Grid("pointmaze", CONTINUOUS, online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql"), n_seeds=3),

@@ -79,7 +79,9 @@ def shown(values: Sequence[float], of: str = "iqm", digits: int = 1) -> str:
 
 def label(arm: str) -> str:
     name, _, options = arm.partition(":")
-    return LABELS.get(arm) or f"{LABELS[name].partition(' (')[0]}, {options.replace(',', ', ')}"
+    plain, _, host = LABELS[name].partition(" (")
+    host = " (ours, d3rlpy)" if name.startswith("ours-d3rlpy") else ""
+    return LABELS.get(arm) or f"{plain}, {options.replace(',', ', ')}{host}"
 
 
 def curve(runs: list[dict[str, Any]], name: str, phase: str = "offline") -> tuple[np.ndarray, np.ndarray]:
