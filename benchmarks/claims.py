@@ -90,6 +90,10 @@ def relative_bias(run: dict[str, Any]) -> float:
     return abs(bias(run)) / max(abs(run["offline"][-1]["actual"]), 1e-9)
 
 
+def _beside_d3rlpy(task: str, text: str, arm: str) -> Claim:
+    return Claim("this project", text, task, arm, last("score"), "points", against="d3rlpy-cql", margin=5.0)
+
+
 def claims() -> list[Claim]:
     """All that are tested."""
     found = []
@@ -112,18 +116,11 @@ def claims() -> list[Claim]:
             Claim("CQL, Table 1", f"CQL is above {other}", task, "cql", last("score"), "points", against=arm)
             for other, arm in (("BC", "d3rlpy-bc"), ("no conservatism", plain))
         ]
-        found.append(
-            Claim(
-                "this project",
-                "ours is not below d3rlpy's CQL (5 points)",
-                task,
-                "cql",
-                last("score"),
-                "points",
-                against="d3rlpy-cql",
-                margin=5.0,
-            )
-        )
+        found.append(_beside_d3rlpy(task, "ours is not below d3rlpy's CQL (5 points)", "cql"))
+    found.append(_beside_d3rlpy("bridge-long", "after twice the steps ours is not below d3rlpy's CQL (5 points)", "cql"))
+    for task in ("bridge", "bridge-long", "pendulum"):
+        text = "with the mode in the target ours is not below d3rlpy's CQL (5 points)"
+        found.append(_beside_d3rlpy(task, text, "cql:mode_q_backup=True"))
     source = "CQL, Section 5"
     none, little, one, much = (f"cql:cql_alpha={weight}" for weight in (0.0, 0.1, 1.0, 50.0))
     for task in ("bridge", "pendulum"):
