@@ -98,6 +98,18 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "un-halved": (LOSSES, "    return scale * loss", "    return loss"),
     "entropy-always-in-the-target": (ACTOR_CRITIC, "        if self.backup_entropy:", "        if True:"),
+    "sample-for-the-mode": (
+        ACTOR_CRITIC,
+        "self.actor.action_dist.mode().unsqueeze(1)",
+        "self.actor.action_dist.sample().unsqueeze(1)",
+    ),
+    "d3rlpy-sample-for-the-mode": (D3RLPY + "impl.py", "        if self._options.mode_q_backup:", "        if False:"),
+    "d3rlpys-mode-forgotten": (
+        "adapters/models.py",
+        "        return not (config.soft_q_backup or config.max_q_backup)",
+        "        return False",
+    ),
+    "slow-bf16-in-silence": (ENSEMBLES, 'startswith("cpu") and not multiplies_bf16()', 'startswith("cpu") and False'),
     "gradient-through-the-bound": (
         LOSSES,
         "th.where(bounded, reference, q_values)",

@@ -227,12 +227,10 @@ class TestDiscreteLoss:
 
 
 class TestTruncatedLoss:
-    @pytest.mark.parametrize("max_q_backup", [False, True])
-    def test_by_numpy(self, host: Any, max_q_backup: bool) -> None:
+    @pytest.mark.parametrize("backup", [{}, {"max_q_backup": True}, {"mode_q_backup": True}], ids=str)
+    def test_by_numpy(self, host: Any, backup: dict[str, bool]) -> None:
         """The gap of the mean over the kept quantiles, TQC's loss against the kept quantiles of the target."""
-        model = host.build(
-            CQLTQC, cql_alpha=3.0, ent_coef=0.3, gamma=0.9, max_q_backup=max_q_backup, top_quantiles_to_drop_per_net=2
-        )
+        model = host.build(CQLTQC, cql_alpha=3.0, ent_coef=0.3, gamma=0.9, top_quantiles_to_drop_per_net=2, **backup)
         batch = batches(host, model)[0]
         proposed: list[Any] = []
         propose, target_of = model._propose, model._compute_target
@@ -243,7 +241,9 @@ class TestTruncatedLoss:
         next_actions: list[th.Tensor] = []
         next_values = model._next_values
         model._next_values = lambda obs, actions: next_actions.append(actions) or next_values(obs, actions)
+        mode = model.policy._predict(batch.next_observations, deterministic=True)
         metrics = model._train_step(batch)
+        assert th.equal(next_actions[0][:, 0], mode) is ("mode_q_backup" in backup)
 
         def quantiles(observation: np.ndarray, action: np.ndarray) -> np.ndarray:
             x = np.concatenate([observation, action])

@@ -219,15 +219,16 @@ class TestTarget:
         expected = batch.rewards.numpy()[:, 0] + 0.99 * (1 - batch.dones.numpy()[:, 0]) * value
         assert np.allclose(target[:, 0], expected, atol=1e-5)
 
-    def test_mode_backup(self) -> None:
-        model, batch, target, drawn = self.recorded(mode_q_backup=True)
+    @pytest.mark.parametrize("use_sde", [False, True])
+    def test_mode_backup(self, use_sde: bool) -> None:
+        model, batch, target, drawn = self.recorded(mode_q_backup=True, use_sde=use_sde)
         assert drawn == [], "nothing is sampled"
         mode = model.predict(np.asarray(batch.next_observations), deterministic=True)[0]
         q = numpy_q(model.critic_target.state_dict(), np.asarray(batch.next_observations), mode[:, None])
         done = batch.dones.numpy()[:, 0]
         expected = batch.rewards.numpy()[:, 0] + 0.99 * (1 - done) * q[:, :, 0].min(axis=0)
         assert np.allclose(target[:, 0], expected, atol=1e-5)
-        sampled = self.recorded()[2]
+        sampled = self.recorded(use_sde=use_sde)[2]
         assert not np.allclose(target[:, 0], sampled[:, 0], atol=1e-3), "the twin's target is another"
 
     def test_proposals_of_the_next_state_are_drawn_from_the_policy_there(self) -> None:
