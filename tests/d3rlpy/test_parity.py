@@ -115,20 +115,23 @@ class TestBesideD3rlpysOwn:
         same_weights(theirs, ours)
         assert largest_difference(run(ours, noise(7)), run(theirs, noise(7))) > 1e-4
 
-    def test_the_mode_is_what_differs(self, noise: Callable[[int], Any]) -> None:
-        """With the mode in the target, and twice the loss taken by the learning rate, the paper's convention is d3rlpy's."""
-        options = {
-            "n_action_samples": N,
-            "alpha_learning_rate": 0.0,
-            "initial_alpha": 1.0,
-            "alpha_threshold": 0.0,
-            "critic_optim_factory": d3rlpy.optimizers.SGDFactory(),
-            "critic_learning_rate": 1e-3,
-        }
-        theirs = built(d3rlpy.algos.CQLConfig(**options))
+    @pytest.mark.parametrize("is_adam", [False, True], ids=["sgd", "adam"])
+    def test_the_mode_is_what_differs(self, is_adam: bool, noise: Callable[[int], Any]) -> None:
+        """With the mode in the target the paper's convention is d3rlpy's, but for half the loss.
+
+        SGD's rate makes up for the half; Adam sees it in its epsilon alone.
+        """
+
+        def optimized(scale: float, **more: Any) -> dict[str, Any]:
+            optimizer = d3rlpy.optimizers.AdamFactory(eps=1e-8 * scale) if is_adam else d3rlpy.optimizers.SGDFactory()
+            rate = 1e-3 if is_adam else 1e-3 / scale
+            return {"critic_optim_factory": optimizer, "critic_learning_rate": rate, **more}
+
+        options: dict[str, Any] = {"n_action_samples": N, "alpha_learning_rate": 0.0, "initial_alpha": 1.0}
+        theirs = built(d3rlpy.algos.CQLConfig(**options, **optimized(1.0)))
         ends = {}
         for mode in (True, False):
-            ours = built(CQLConfig(**(options | {"critic_learning_rate": 2e-3, "mode_q_backup": mode})))
+            ours = built(CQLConfig(**options, **optimized(0.5, mode_q_backup=mode)))
             same_weights(theirs, ours)
             ends[mode] = run(ours, noise(7))
         expected = run(theirs, noise(7))
