@@ -33,8 +33,8 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
     means in d3rlpy; the paper's ``alpha`` is half of it.
 
     What differs from d3rlpy's own CQL: the Lagrange multiplier is off, the Bellman target takes a sampled action instead of the
-    policy's mean, the loss has the global half of the paper (which Adam sees in its epsilon alone), and the multiplier, where it
-    is on, is stepped after it was used. ``conventions="d3rlpy"`` switches these four back, see :meth:`from_d3rlpy`.
+    policy's mean, the loss has the global half of the paper (which Adam sees in its epsilon alone), and the multiplier, where
+    it is on, is stepped after it was used. ``conventions="d3rlpy"`` switches these four back, see :meth:`from_d3rlpy`.
 
     Args:
         alpha_learning_rate: Learning rate of the Lagrange multiplier; 0 for off, and its value is then ``initial_alpha``.
