@@ -79,7 +79,13 @@ GRIDS = {
     ),
     "bridge-modern": Grid("bridge", MODERN, n_seeds=3),
     "bridge-long": Grid("bridge-long", ("cql", "cql:mode_q_backup=True", "ours-d3rlpy-cql", "d3rlpy-cql")),
-    "pointmaze": Grid("pointmaze", CONTINUOUS, online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql"), n_seeds=3),
+    "pointmaze": Grid(
+        "pointmaze",
+        (*CONTINUOUS, "calql:max_q_backup=False"),
+        online=("cql", "calql", "calql:max_q_backup=False", "d3rlpy-cql", "d3rlpy-calql"),
+        n_seeds=3,
+    ),
+    "pointmaze-unshifted": Grid("pointmaze-unshifted", ("cql", "calql", "calql:max_q_backup=False"), n_seeds=3),
     "cartpole": Grid(
         "cartpole",
         ("cql", "calql", "cql:cql_alpha=0.0", "d3rlpy-cql", "d3rlpy-dqn", "d3rlpy-bc"),
