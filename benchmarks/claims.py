@@ -97,7 +97,7 @@ def _beside_d3rlpy(task: str, text: str, arm: str) -> Claim:
 def claims() -> list[Claim]:
     """All that are tested."""
     found = []
-    for task in ("bridge", "pendulum", "halfcheetah-replay"):
+    for task in ("bridge", "pendulum", "pointmaze", "halfcheetah-replay"):
         found += [
             Claim("CQL, Table 4", "CQL(H) under-estimates its policy", task, "cql", bias, "reward", positive=False),
             Claim("CQL, Table 4", "SAC offline over-estimates its policy", task, "sac", bias, "reward"),
@@ -110,7 +110,7 @@ def claims() -> list[Claim]:
     for task in ("bridge", "pendulum"):
         text, eq_1 = "Eq. 1 under-estimates more than CQL(H)", "cql:cql_variant=pointwise"
         found.append(Claim("CQL, Table 4", text, task, eq_1, bias, "reward", against="cql", positive=False))
-    for task in ("bridge", "pendulum", "cartpole", "halfcheetah-replay", "door-human", "pen-expert"):
+    for task in ("bridge", "pendulum", "cartpole", "pointmaze", "halfcheetah-replay", "door-human", "pen-expert"):
         plain = "cql:cql_alpha=0.0" if task == "cartpole" else "sac"
         found += [
             Claim("CQL, Table 1", f"CQL is above {other}", task, "cql", last("score"), "points", against=arm)
@@ -145,7 +145,9 @@ def claims() -> list[Claim]:
         ]
     plain = ("Cal-QL", "calql")
     mean_backup = ("Cal-QL without the target's maximum", "calql:max_q_backup=False")
-    for task, (name, arm) in (("bridge", plain), ("bridge", mean_backup), ("cartpole", plain), ("door-human", plain)):
+    online = [("bridge", plain), ("bridge", mean_backup), ("cartpole", plain)]
+    online += [("pointmaze", plain), ("pointmaze", mean_backup), ("door-human", plain)]
+    for task, (name, arm) in online:
         found += [
             Claim("Cal-QL, Figure 1", f"{name} dips less", task, "cql", dip, "points", against=arm),
             Claim("Cal-QL, Figure 1", f"{name} has Q nearer the right scale", task, "cql", relative_bias, "x", against=arm),

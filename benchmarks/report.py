@@ -128,8 +128,7 @@ def tables(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]]) -> str
             row.append(f"{np.mean([point['q_random_max'] - point['q_data'] for point in last]):.2f}")
         row.append(f"{np.mean([sum(point['seconds'] for point in run['offline']) for run in runs]) / 60:.1f}")
         lines.append("| " + " | ".join(row) + " |")
-    online = {arm: runs for arm, runs in found.items() if all("online" in run for run in runs)}
-    if online:
+    if online := with_online(found):
         steps = curve(next(iter(online.values())), "score", "online")[0]
         shown_steps = [step for step in steps if step]
         head = [
@@ -160,6 +159,12 @@ def tables(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]]) -> str
     )
     lines[-1] += ", the others in f32."
     return "\n".join(lines) + "\n"
+
+
+def with_online(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Those runs that were fine-tuned, of the arms that have any."""
+    tuned = {arm: [run for run in runs if "online" in run] for arm, runs in found.items()}
+    return {arm: runs for arm, runs in tuned.items() if runs}
 
 
 def regret(runs: list[dict[str, Any]]) -> list[float]:
@@ -244,7 +249,7 @@ def draw(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]], theme: s
 
     ground = THEMES[theme]
     task, n_seeds = TASKS[grid.task], sorted({len(runs) for runs in found.values()})
-    online = {arm: runs for arm, runs in found.items() if all("online" in run for run in runs)}
+    online = with_online(found)
     panels = [("score", "offline"), ("bias", "offline"), *([("score", "online")] if online else [])]
     titles = {"score": "normalised score", "bias": "predicted minus real return of the first action"}
     with mpl.rc_context(style(theme)):
@@ -253,7 +258,7 @@ def draw(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]], theme: s
             for arm, colour in zip(found, COLOURS[theme], strict=False):
                 if (phase == "online" and arm not in online) or (quantity == "bias" and np.isnan(bias(found[arm][0]))):
                     continue
-                runs = found[arm]
+                runs = (found if phase == "offline" else online)[arm]
                 if quantity == "bias":
                     steps = curve(runs, "score")[0]
                     values = np.array([[bias(run, at) for at in range(len(steps))] for run in runs])

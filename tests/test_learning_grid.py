@@ -232,3 +232,46 @@ def test_verdicts(learning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
     arms = {arm for grid in learning.GRIDS.values() for arm in grid.arms}
     for claim in claims.claims():
         assert {claim.arm, claim.against or claim.arm} <= arms, claim.text
+
+
+def test_tables_of_the_online_phase_have_the_runs_that_had_one(learning: ModuleType) -> None:
+    import report
+
+    offline: dict[str, Any] = {"offline": [{"score": 1.0}]}
+    tuned = offline | {"online": [{"score": 1.0}, {"score": 2.0}]}
+    assert report.with_online({"a": [tuned, offline], "b": [offline], "c": [tuned]}) == {"a": [tuned], "c": [tuned]}
+
+
+def test_pointmaze_pays_the_same_in_the_log_and_in_the_environment(
+    learning: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gymnasium_robotics")
+    import numpy as np
+    import pointmaze
+    import tasks
+
+    log = pointmaze.collect(4, seed=0)
+    assert 0 < log.rewards.sum() < len(log), "steps at the goal and others"
+    monkeypatch.setattr(pointmaze, "collect", lambda n_episodes, seed: log)
+    tasks.pointmaze_log.cache_clear()
+    try:
+        for name, paid in (("pointmaze", {-1.0, 0.0}), ("pointmaze-unshifted", {0.0, 1.0})):
+            task = tasks.TASKS[name]
+            data, env = task.load(), task.make_env()
+            assert set(np.unique(data.rewards)) == paid
+            np.testing.assert_array_equal(data.observations, _flat(log.observations))
+            observation, _ = env.reset(seed=0)
+            np.testing.assert_allclose(data.observations[0], observation, err_msg="the environment's order of the parts")
+            rewards = []
+            for action in data.actions[:300]:
+                rewards.append(env.step(action)[1])
+            np.testing.assert_array_equal(rewards, data.rewards[:300])
+            assert task.score(list(data.episode_returns)) == pytest.approx(100 * log.rewards.sum() / len(log))
+    finally:
+        tasks.pointmaze_log.cache_clear()
+
+
+def _flat(observations: Any) -> Any:
+    import numpy as np
+
+    return np.concatenate([np.asarray(observations[key]) for key in sorted(observations)], axis=1)
