@@ -82,7 +82,7 @@ GRIDS = {
     "pointmaze": Grid(
         "pointmaze",
         (*CONTINUOUS, "calql:max_q_backup=False"),
-        online=("cql", "calql", "calql:max_q_backup=False", "d3rlpy-cql", "d3rlpy-calql"),
+        online=("cql", "calql", "calql:max_q_backup=False"),
         n_seeds=3,
     ),
     "pointmaze-unshifted": Grid("pointmaze-unshifted", ("cql", "calql", "calql:max_q_backup=False"), n_seeds=3),
