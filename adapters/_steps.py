@@ -143,13 +143,16 @@ def read_steps(
     inferred = frozenset(
         kind for kind, space in (("observation_space", observation_space), ("action_space", action_space)) if space is None
     )
-    observation_space = observation_space or infer_observation_space(steps.observations, "observations", where)
+    if observation_space is None:
+        observation_space = infer_observation_space(steps.observations, "observations", where)
+        if steps.next_observations is not None:
+            observation_space = _with_followers(observation_space, steps.next_observations, "next_observations", where)
     action_space = action_space or infer_action_space(steps.actions, where)
     _check_steps(steps, observation_space, action_space, len(rewards), where)
     terminations, truncations = _read_flags(steps, len(rewards), where, max_episode_steps, prefer_termination)
     layout = _lay_out(steps, terminations, truncations, where)
     dataset = OfflineDataset._trusted(
-        observations=_gather_observations(steps, layout, allocate),
+        observations=_gather_observations(steps, layout, allocate, where),
         actions=_keep_rows(steps.actions, layout.kept, allocate),
         rewards=np.array(rewards[layout.kept]),
         terminations=layout.terminations,
@@ -211,6 +214,23 @@ def infer_observation_space(observations: Any, field: str, where: Where) -> spac
         limits = np.iinfo(dtype)
         return spaces.Box(limits.min, limits.max, shape[1:], dtype.type)
     raise _cannot_infer(shape, dtype, field, "observation_space", where)
+
+
+def _with_followers(space: spaces.Space[Any], followers: Any, field: str, where: Where) -> spaces.Space[Any]:
+    """Widen Discrete spaces by what only comes last in an episode; what does not fit in other ways is refused later."""
+    if isinstance(space, spaces.Dict) and isinstance(followers, Mapping):
+        known = space.items()
+        return spaces.Dict(
+            {
+                key: _with_followers(one, followers[key], f"{field}.{key}", where) if key in followers else one
+                for key, one in known
+            }
+        )
+    if isinstance(space, spaces.Discrete):
+        shape, dtype = _shape_and_dtype(followers, field, where)
+        if len(shape) == 1 and dtype.kind in "iu":
+            return spaces.Discrete(int(max(space.n, _infer_discrete(followers, field, where).n)))
+    return space
 
 
 def infer_action_space(actions: Any, where: Where) -> spaces.Space[Any]:
@@ -317,8 +337,14 @@ def _find_breaks(steps: Steps, ends: Flags) -> Flags:
     breaks = np.zeros(len(ends), dtype=np.bool_)
     followers = dict(named_leaves(steps.next_observations, ""))
     for name, leaf in named_leaves(steps.observations, ""):
+        # Of two widths the same number is the same only at the narrower one.
+        dtype = min(leaf.dtype, followers[name].dtype, key=lambda one: one.itemsize)
         for start, stop in row_blocks(len(ends) - 1, row_nbytes(leaf)):
-            differs = followers[name][start:stop] != leaf[start + 1 : stop + 1]
+            with np.errstate(over="ignore"):
+                ours, theirs = (
+                    block.astype(dtype, copy=False) for block in (leaf[start + 1 : stop + 1], followers[name][start:stop])
+                )
+            differs = theirs != ours
             breaks[start:stop] |= differs.reshape(stop - start, -1).any(axis=1)
     return breaks & ~ends
 
@@ -429,12 +455,15 @@ def _keep_rows(source: Any, kept: Flags, allocate: Callable[[tuple[int, ...], An
     return result
 
 
-def _gather_observations(steps: Steps, layout: _Layout, allocate: Callable[[tuple[int, ...], Any], Array]) -> Any:
+def _gather_observations(steps: Steps, layout: _Layout, allocate: Callable[[tuple[int, ...], Any], Array], where: Where) -> Any:
     """Copy the observations, with each episode's final one after its last step."""
     followed = layout.followed
     destinations = np.cumsum(layout.observed) - 1 + np.cumsum(followed) - followed
 
+    names = iter(name for name, _ in named_leaves(steps.observations, "next_observations"))
+
     def gather(source: Any, follower: Any) -> Array:
+        field = next(names)
         n_rows = int(layout.observed.sum() + followed.sum())
         result = allocate((n_rows, *source.shape[1:]), source.dtype)
         for start, stop in row_blocks(len(followed), row_nbytes(source)):
@@ -442,7 +471,13 @@ def _gather_observations(steps: Steps, layout: _Layout, allocate: Callable[[tupl
             block = source[start:stop]
             result[rows[observed]] = block if observed.all() else block[observed]
             ends = followed[start:stop]
-            result[rows[ends] + 1] = follower[start:stop][ends]
+            with np.errstate(over="ignore"):
+                last = follower[start:stop][ends].astype(source.dtype, copy=False)
+            if last.dtype.kind == "f" and not np.isfinite(last).all():
+                raise where.error(
+                    f"expected values that {last.dtype} can hold, as those of observations; got larger ones", field=field
+                )
+            result[rows[ends] + 1] = last
         return result
 
     following = steps.observations if steps.next_observations is None else steps.next_observations

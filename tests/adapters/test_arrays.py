@@ -64,6 +64,24 @@ class TestFromArrays:
         assert dataset[1].observations.tolist() == [[1, 10], [2, 20], [3, 30]]
         assert dataset.unflagged_episodes.tolist() == [True, False, False]
 
+    @pytest.mark.parametrize(("before", "after"), [(np.float32, np.float64), (np.float64, np.float32)])
+    def test_observations_of_two_widths(self, steps: dict[str, Any], before: type, after: type) -> None:
+        steps["observations"] = (steps["observations"] / 7).astype(before)  # thirds and sevenths differ by width
+        steps["next_observations"] = (steps["next_observations"] / 7).astype(after)
+        steps["observation_space"] = spaces.Box(-np.inf, np.inf, (2,), before)
+        dataset = from_arrays(**steps)
+        assert dataset.offsets.tolist() == [0, 3, 5]
+        assert dataset.observations.dtype == before
+        steps["next_observations"][0] += 1e-3
+        with pytest.warns(UserWarning, match=r"1 step\(s\) without a flag are followed by"):
+            assert from_arrays(**steps).offsets.tolist() == [0, 1, 3, 5]
+
+    def test_a_last_observation_too_large_for_the_others_type(self, steps: dict[str, Any]) -> None:
+        steps["next_observations"] = steps["next_observations"].astype(np.float64)
+        steps["next_observations"][2] = 1e300
+        with pytest.raises(DatasetError, match=r"'next_observations': expected values that float32 can hold"):
+            from_arrays(**steps)
+
     def test_both_flags(self, steps: dict[str, Any], golden: OfflineDataset, assert_same: Any) -> None:
         steps["truncations"][2] = True
         with pytest.raises(DatasetError, match=r"'truncations', row 2: expected at most one.*prefer_termination=True"):
@@ -118,6 +136,21 @@ class TestInference:
         with pytest.warns(UserWarning, match="inferred from the values: observation_space"):
             dataset = from_arrays(**steps | {"observations": observations})
         assert dataset.observation_space == space
+
+    def test_rooms_that_only_come_last(self, steps: dict[str, Any]) -> None:
+        del steps["observation_space"]
+        rooms = np.array([0, 1, 2, 0, 1])
+        with pytest.warns(UserWarning, match="inferred from the values: observation_space"):
+            dataset = from_arrays(**steps | {"observations": rooms, "next_observations": np.array([1, 2, 3, 1, 4])})
+        assert dataset.observation_space == spaces.Discrete(5)
+        with pytest.warns(UserWarning, match="inferred from the values: observation_space"):
+            dataset = from_arrays(
+                **steps | {"observations": {"x": rooms}, "next_observations": {"x": np.array([1, 2, 3, 1, 4])}}
+            )
+        assert dataset.observation_space == spaces.Dict({"x": spaces.Discrete(5)})
+        for wrong in (np.array([1, 2, -3, 1, 4]), np.array([1.0, 2, 3, 1, 4])):
+            with pytest.raises(DatasetError, match="field 'next_observations'"):
+                from_arrays(**steps | {"observations": rooms, "next_observations": wrong})
 
     @pytest.mark.parametrize(
         ("changes", "message"),
