@@ -20,6 +20,8 @@ SPARSE = 0.95
 """Share of the most common reward from which on rewards are sparse."""
 TAIL = 0.1
 """Weight of what follows a cut from which on a return-to-go counts as not known."""
+HIGH = 50.0
+"""Mean return-to-go from which on new critics have a long way to go."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def find(dataset: "OfflineDataset", summary: DatasetSummary, gamma: float) -> li
         summary: Its key figures.
         gamma: Discount factor that will be trained with.
     """
-    found = [*_ends(summary), *_tails(dataset, gamma), *_actions(dataset, summary)]
+    found = [*_ends(summary), *_tails(dataset, gamma), *_scale(dataset, gamma), *_actions(dataset, summary)]
     return [*found, *inferred_spaces(dataset), *_columns(summary), *_rewards(dataset)]
 
 
@@ -79,6 +81,20 @@ def _tails(dataset: "OfflineDataset", gamma: float) -> Iterator[Finding]:
         f"would have come is not in the data, and weighs more than {_percent(TAIL, 0)} in the returns-to-go of {steps} "
         f"before a cut ({_percent(share, 1)} of all transitions). Cal-QL's default return_tail='zero' counts it as 0; where "
         f"it is less, Q is held up too high. Take return_tail='{tail}', or 'none' to switch the bound off there",
+    )
+
+
+def _scale(dataset: "OfflineDataset", gamma: float) -> Iterator[Finding]:
+    mean = float(dataset.returns_to_go(gamma).mean())
+    if mean < HIGH:
+        return
+    factor = 10.0 ** -max(1, math.ceil(math.log10(mean / HIGH)))
+    yield Finding(
+        "high-returns",
+        f"the returns-to-go average {number(mean)} with gamma {number(gamma)}, and new critics start near 0: they moved by 10 "
+        "to 40 in 1,000 gradient steps on the sets that were tried. Until they are there Q is far from any return, and Cal-QL "
+        "holds up nearly all that CQL would push down (train/bound_rate near 1). Train for long, or scale rewards: "
+        f"dataset.scale_rewards({factor:g}), ScaleReward(env, {factor:g}) in the environment, and cql_alpha by as much",
     )
 
 

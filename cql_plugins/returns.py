@@ -60,7 +60,8 @@ def returns_to_go(
     """Compute ``G[t] = r[t] + gamma * (1 - terminated[t]) * G[t + 1]`` within each episode [Cal-QL, section 5].
 
     An episode ends at a row that is terminated or truncated; where both are set it is terminated. Rows whose episode has not
-    ended (those after the last end, or before a cut) are given ``-inf``: a partial sum is not a lower bound.
+    ended (those after the last end, or before a cut) are given ``-inf``: a partial sum is not a lower bound. A row with a cut
+    has not ended, whatever else is said of it.
 
     Args:
         rewards: The rewards trained on, shape ``(n,)``, or ``(n, n_envs)`` with time first.
@@ -81,13 +82,15 @@ def returns_to_go(
     """
     rewards_ = np.asarray(rewards, dtype=np.float64)
     terminated = np.asarray(terminations, dtype=bool)
-    truncated = np.asarray(truncations, dtype=bool) & ~terminated
+    truncated = np.asarray(truncations, dtype=bool)
     cut = np.zeros_like(terminated) if cuts is None else np.asarray(cuts, dtype=bool)
     if not rewards_.shape == terminated.shape == truncated.shape == cut.shape or rewards_.ndim not in (1, 2):
         raise ValueError(
             "rewards, terminations, truncations and cuts must have one shape, (n,) or (n, n_envs); got "
             f"{rewards_.shape}, {terminated.shape}, {truncated.shape}, {cut.shape}."
         )
+    terminated = terminated & ~cut
+    truncated = truncated & ~terminated & ~cut
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must be in [0, 1]; got {gamma}.")
     if tail not in RETURN_TAILS:

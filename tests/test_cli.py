@@ -376,6 +376,19 @@ class TestWarnings:
         rows["rewards"][[5, 6]] = 1
         assert warned(write("npz", rows)) == {}, "48 of 52 are 92 %"
 
+    @pytest.mark.parametrize(("largest", "factor"), [(100.0, "0.1"), (10_000.0, "0.001")])
+    def test_returns_far_from_new_critics(self, rows: Rows, write: Write, largest: float, factor: str) -> None:
+        rows["rewards"] = np.linspace(0.0, largest, 52)
+        found = warned(write("npz", rows))
+        assert list(found) == ["high-returns"]
+        mean = float(found["high-returns"].split()[3].replace(",", ""))
+        assert mean == pytest.approx(_dataset(rows).returns_to_go(0.99).mean(), rel=1e-3)
+        assert f"dataset.scale_rewards({factor})" in found["high-returns"]
+        rows["rewards"] *= float(factor)
+        assert warned(write("npz", rows)) == {}
+        rows["rewards"] *= -1000.0
+        assert "high-returns" not in warned(write("npz", rows)), "new critics start above"
+
     def test_shown_as_text(self, rows: Rows, write: Write) -> None:
         rows["rewards"][:] = 0
         source = write("npz", rows)
@@ -965,7 +978,7 @@ def test_real_data(data_root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         pytest.skip(f"the real data was written by Minari 0.5.4, {minari.__version__} does not read it")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(data_root / "minari"))
     door = "dapg/door/human-replay-v0"
-    assert sorted(warned(door)) == ["actions-at-bounds", "return-tail"]
+    assert sorted(warned(door)) == ["actions-at-bounds", "high-returns", "return-tail"]
     assert json.loads(run("score", door, "--json").stdout)["mean"] == pytest.approx(29.0, abs=0.1)
     run("convert", door, tmp_path / "door.hdf5")
     original, copied = from_minari(door), from_d4rl(tmp_path / "door.hdf5")

@@ -62,6 +62,15 @@ class TestLiterals:
 
     def test_cut_episode_is_unknown_and_does_not_reach_over(self) -> None:
         result = returns_to_go([1.0, 2.0, 4.0], [0, 0, 1], [0, 0, 0], 0.5, cuts=[0, 1, 0])
+        for ends in (
+            {"terminations": [0, 1, 1], "truncations": [0, 0, 0]},
+            {"terminations": [0, 0, 1], "truncations": [0, 1, 0]},
+        ):
+            # SB3 marks the last row of a broken-off record as an end.
+            np.testing.assert_array_equal(returns_to_go([1.0, 2.0, 4.0], **ends, gamma=0.5, cuts=[0, 1, 0]), result)
+            tail = returns_to_go([1.0, 2.0, 4.0], **ends, gamma=0.5, cuts=[0, 1, 0], tail="bootstrap", tail_values=[])
+            np.testing.assert_array_equal(tail, result)
+            assert np.isfinite(returns_to_go([1.0, 2.0, 4.0], **ends, gamma=0.5)).all()
         assert result.tolist() == [-INF, -INF, 4.0]
 
     def test_environments_do_not_mix(self) -> None:

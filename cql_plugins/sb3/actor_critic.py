@@ -198,13 +198,13 @@ class ConservativeActorCritic(ConservativeMixin):
         cql_n_backward: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if not (isinstance(cql_n_actions, int) and cql_n_actions >= 1):
+        if not (isinstance(cql_n_actions, (int, np.integer)) and cql_n_actions >= 1):
             raise ValueError(f"cql_n_actions must be an integer >= 1; got {cql_n_actions!r}.")
         if cql_variant not in losses.CQL_VARIANTS:
             raise ValueError(f"cql_variant must be one of {losses.CQL_VARIANTS}; got {cql_variant!r}.")
-        if not (isinstance(bc_steps, int) and bc_steps >= 0):
+        if not (isinstance(bc_steps, (int, np.integer)) and bc_steps >= 0):
             raise ValueError(f"bc_steps must be an integer >= 0; got {bc_steps!r}.")
-        if cql_n_backward is not None and not (isinstance(cql_n_backward, int) and cql_n_backward >= 1):
+        if cql_n_backward is not None and not (isinstance(cql_n_backward, (int, np.integer)) and cql_n_backward >= 1):
             raise ValueError(f"cql_n_backward must be None or an integer >= 1; got {cql_n_backward!r}.")
         others = [name for name, on in (("max_q_backup", max_q_backup), ("backup_entropy", backup_entropy)) if on]
         if mode_q_backup and others:
@@ -212,15 +212,15 @@ class ConservativeActorCritic(ConservativeMixin):
                 f"mode_q_backup takes one action, the policy's mode, without entropy; {' and '.join(others)} cannot be on "
                 f"as well. Set {', '.join(f'{name}=False' for name in others)}."
             )
-        self.cql_n_backward = cql_n_backward
+        self.cql_n_backward = None if cql_n_backward is None else int(cql_n_backward)
         self.actor_learning_rate = actor_learning_rate
-        self.cql_n_actions = cql_n_actions
+        self.cql_n_actions = int(cql_n_actions)
         self.cql_variant: CQLVariant = cql_variant
         self.cql_lagrange_threshold = cql_lagrange_threshold
         self.max_q_backup = max_q_backup
         self.mode_q_backup = mode_q_backup
         self.backup_entropy = backup_entropy
-        self.bc_steps = bc_steps
+        self.bc_steps = int(bc_steps)
         self.log_cql_lagrange: th.Tensor | None = None
         self.cql_lagrange_optimizer: th.optim.Adam | None = None
         self._warned_of_clamp = False

@@ -6,7 +6,6 @@ indices as the rest of a transition, at next to no cost, in every one of its buf
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -116,7 +115,8 @@ class ReturnsToGoMixin(ReplayBuffer):
 
     def with_own_returns(self) -> ReturnsToGoMixin:
         """Get a buffer of the same rows whose returns-to-go are its own, for another model that trains on them."""
-        twin = copy.copy(self)
+        twin = type(self).__new__(type(self))  # copy.copy would pickle, and HER's pickles have no environment
+        twin.__dict__.update(self.__dict__)
         twin._wide_actions, twin._cuts = self._wide_actions.copy(), self._cuts.copy()
         twin._running_length = self._running_length.copy()
         twin._bind_views()
@@ -170,8 +170,10 @@ class ReturnsToGoMixin(ReplayBuffer):
     # Returns ---------------------------------------------------------------------------------------------------------
 
     def _flags(self, rows: NDArray[np.int64], columns: slice) -> tuple[np.ndarray, np.ndarray]:
-        timeouts = self.timeouts[rows, columns] > 0
-        return (self.dones[rows, columns] > 0) & ~timeouts, timeouts
+        # SB3 and `refill` mark the last row of a broken-off record as an end, so that nothing is sampled across the seam.
+        goes_on = ~self._cuts[rows, columns]
+        timeouts = (self.timeouts[rows, columns] > 0) & goes_on
+        return (self.dones[rows, columns] > 0) & ~timeouts & goes_on, timeouts
 
     def _compute_returns(self, rows: NDArray[np.int64], columns: slice) -> NDArray[np.float32]:
         """Compute the returns-to-go of consecutive rows; never writes."""
@@ -314,6 +316,22 @@ class HindsightReturnsMixin(ReturnsToGoMixin, HerReplayBuffer):  # type: ignore[
         sums_relabelled_rewards: Whether to sum them at all; without, relabelled transitions have ``-inf``, at SB3's own cost.
     """
 
+    def has_settings(self, gamma: float, tail: ReturnTail) -> bool:
+        """Tell whether returns are summed like this already, those of relabelled transitions too.
+
+        Args:
+            gamma: Discount factor.
+            tail: What follows a truncated end.
+        """
+        return super().has_settings(gamma, tail) and self.sums_relabelled_rewards
+
+    def with_own_returns(self) -> ReturnsToGoMixin:
+        """Get a buffer of the same rows whose returns-to-go are its own; it sums those of relabelled transitions."""
+        twin = super().with_own_returns()
+        assert isinstance(twin, HindsightReturnsMixin)
+        twin.sums_relabelled_rewards = True
+        return twin
+
     def _init_returns(self) -> None:
         super()._init_returns()
         self.sums_relabelled_rewards = True
@@ -341,6 +359,11 @@ class HindsightReturnsMixin(ReturnsToGoMixin, HerReplayBuffer):  # type: ignore[
             self.ep_start[rows, column] = np.repeat(starts, lengths)
             self.ep_length[rows, column] = np.repeat(lengths, lengths)
         self._current_ep_start[:] = 0
+
+    def truncate_last_trajectory(self) -> None:
+        """Let the running episodes end here by a time-out, see SB3."""
+        super().truncate_last_trajectory()
+        self._running_length[:] = 0
 
     # Relabelling -----------------------------------------------------------------------------------------------------
 

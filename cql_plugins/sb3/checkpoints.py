@@ -42,10 +42,15 @@ Model = TypeVar("Model", bound=OfflineMixin)
 _COUNTERS = ("num_timesteps", "exploration_rate", "ep_info_buffer", "ep_success_buffer")
 """Attributes without an underscore that training changes."""
 _NOT_COUNTERS = (
-    "_buffer_waits_for_env", "_custom_logger", "_logger", "_num_timesteps_at_start", "_offline_source", "_random_states",
-    "_sick_listeners", "_stats_window_size", "_total_timesteps", "_vec_normalize_env", "_workspace",
+    "_buffer_waits_for_env", "_custom_logger", "_device_data", "_logger", "_num_timesteps_at_start", "_offline_source",
+    "_random_states", "_sick_listeners", "_stats_window_size", "_total_timesteps", "_vec_normalize_env", "_workspace",
 )  # fmt: skip
 _NOT_OPTIONS = ("data_device", "device", "n_envs", "offline_buffer", "seed", "start_time", "tensorboard_log", "verbose")
+_BUFFER_SETTINGS = (
+    "_return_tail", "_returns_gamma", "buffer_size", "gamma", "goal_selection_strategy", "handle_timeout_termination",
+    "her_ratio", "n_envs", "n_sampled_goal", "n_steps", "sums_relabelled_rewards",
+)  # fmt: skip
+"""What the model's own replay buffer was built with; where the run had others, the model's count."""
 _OF_ENVIRONMENT = ("_last_obs", "_last_original_obs", "_last_episode_starts")
 
 
@@ -467,6 +472,7 @@ def load_checkpoint(model: Model, checkpoint: str | Path | Archive) -> Model:
     """
     archive = checkpoint if isinstance(checkpoint, Archive) else read_archive(checkpoint)
     _require_fit(model, archive)
+    _require_buffer(model, archive)
     document = archive.document
     model.set_parameters(archive.tensors["parameters"], exact_match=True, device=model.device)
     with th.no_grad():
@@ -478,6 +484,8 @@ def load_checkpoint(model: Model, checkpoint: str | Path | Archive) -> Model:
         name: (before, now) for name, now in _options(model).items() if (before := document["options"].get(name, now)) != now
     }
     if changed:
+        if changed.keys() & {"gamma", "return_tail"} and isinstance(model.replay_buffer, ReturnsToGoMixin):
+            vars(model)["_tails_are_due"] = True
         told = ", ".join(f"{name} was {before} and is {now}" for name, (before, now) in changed.items())
         warnings.warn(f"The run goes on with other options than it had: {told}.", stacklevel=3)
     if not _same_environments(model, archive):
@@ -536,7 +544,9 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
             "the run's were, with the same wrappers."
         )
     returns = archive.decoded("offline_returns")
-    if returns is not None and isinstance(model.offline_buffer, ReturnsToGoMixin):
+    options = _options(model)
+    is_summed_alike = all(document["options"].get(name) == options.get(name) for name in ("gamma", "return_tail"))
+    if returns is not None and is_summed_alike and isinstance(model.offline_buffer, ReturnsToGoMixin):
         model.offline_buffer.returns_to_go[:] = returns.pop("returns_to_go")
         vars(model.offline_buffer).update(returns)
     if not is_same:
@@ -554,7 +564,8 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
         model._random_states = states
 
 
-def _restore_buffer(model: OfflineMixin, archive: Archive) -> None:
+def _require_buffer(model: OfflineMixin, archive: Archive) -> None:
+    """Refuse a replay buffer that the model's cannot take, before anything is written."""
     saved = archive.document["buffer"]
     buffer = model.replay_buffer
     if saved is None or buffer is None:
@@ -563,7 +574,38 @@ def _restore_buffer(model: OfflineMixin, archive: Archive) -> None:
         raise CheckpointError(
             f"{archive.path} has a {saved['class']}, the model a {type(buffer).__name__}: build it with the same."
         )
+    own = column_arrays(buffer)
+    for name, encoded in saved["columns"].items():
+        theirs = decode(encoded, archive.arrays)
+        if name not in own:
+            raise CheckpointError(
+                f"{archive.path} has {name} in its replay buffer, the model's has none: build it with the same."
+            )
+        pairs = [(own[name][key], theirs[key]) for key in theirs] if isinstance(theirs, dict) else [(own[name], theirs)]
+        for target, source in pairs:
+            if target.shape[2:] != source.shape[2:] or target.dtype != source.dtype:
+                raise CheckpointError(
+                    f"{archive.path}: a row of {name} of the replay buffer has shape {source.shape[2:]} and type "
+                    f"{source.dtype} there, {target.shape[2:]} and {target.dtype} in the model. Build it with the same spaces."
+                )
+    is_moved = saved["size"] != [buffer.buffer_size, buffer.n_envs] and not model._buffer_waits_for_env
+    if saved["n_rows"] and is_moved and buffer.optimize_memory_usage:
+        raise CheckpointError(
+            f"{archive.path} has a replay buffer of {saved['size'][1]} environments and {saved['size'][0]} rows, the model one "
+            f"of {buffer.n_envs} and {buffer.buffer_size}. With optimize_memory_usage=True it cannot be moved, since its rows "
+            "are each other's next observations. Keep both."
+        )
+
+
+def _restore_buffer(model: OfflineMixin, archive: Archive) -> None:
+    saved = archive.document["buffer"]
+    buffer = model.replay_buffer
+    if saved is None or buffer is None:
+        return
     size, n_envs = saved["size"]
+    if model._buffer_waits_for_env and saved["n_rows"]:
+        # The model has no room for it yet: it keeps the run's own until it gets its environment.
+        buffer = model.replay_buffer = _empty_like(model, buffer, size, n_envs)
     if (size, n_envs) == (buffer.buffer_size, buffer.n_envs):
         _fill_buffer(buffer, archive)
         return
@@ -571,10 +613,7 @@ def _restore_buffer(model: OfflineMixin, archive: Archive) -> None:
         return
     old = _empty_like(model, buffer, size, n_envs)
     _fill_buffer(old, archive)
-    try:
-        refill(buffer, old)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    refill(buffer, old)
 
 
 def _empty_like(model: OfflineMixin, buffer: ReplayBuffer, size: int, n_envs: int) -> ReplayBuffer:
@@ -604,18 +643,18 @@ def _fill_buffer(buffer: ReplayBuffer, archive: Archive) -> None:
         theirs = decode(encoded, archive.arrays)
         pairs = [(own[name][key], theirs[key]) for key in theirs] if isinstance(theirs, dict) else [(own[name], theirs)]
         for target, source in pairs:
-            if target[:n_rows].shape != source.shape or target.dtype != source.dtype:
-                raise CheckpointError(
-                    f"{archive.path}: {name} of the replay buffer has shape {source.shape} and type {source.dtype} there, and "
-                    f"room for {target[:n_rows].shape} of {target.dtype} in the model. Build it with the same spaces."
-                )
             target[:n_rows] = source
     if saved["infos"] is not None:
         assert isinstance(buffer, HerReplayBuffer)
         buffer.infos[:n_rows] = np.array(decode(saved["infos"], archive.arrays), dtype=object)
+    others = {}
     for name, value in saved["rest"].items():
-        if name not in ("buffer_size", "n_envs"):
+        if name not in _BUFFER_SETTINGS:
             setattr(buffer, name, decode(value, archive.arrays))
+        else:
+            others[name] = decode(value, archive.arrays)
+    if isinstance(buffer, ReturnsToGoMixin) and not buffer.has_settings(others["_returns_gamma"], others["_return_tail"]):
+        buffer.recompute_returns()
 
 
 __all__ = ["CheckpointError", "Checkpoints", "data_identity", "load_checkpoint"]

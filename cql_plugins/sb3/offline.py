@@ -105,10 +105,12 @@ class OfflineMixin(OffPolicyAlgorithm):
         **kwargs: Any,
     ) -> None:
         if offline_fraction != "proportional" and not (
-            isinstance(offline_fraction, (int, float)) and 0.0 <= offline_fraction <= 1.0
+            isinstance(offline_fraction, (int, float, np.number)) and 0.0 <= offline_fraction <= 1.0
         ):
             raise ValueError(f"offline_fraction must be in [0, 1] or 'proportional'; got {offline_fraction!r}.")
-        self.offline_fraction = offline_fraction
+        self.offline_fraction: float | Literal["proportional"] = (
+            "proportional" if offline_fraction == "proportional" else float(offline_fraction)
+        )
         self.data_device = None if data_device is None else str(th.device(data_device))
         self.offline_buffer = None
         self._device_data: DeviceData | None = None
@@ -118,8 +120,9 @@ class OfflineMixin(OffPolicyAlgorithm):
         self._offline_source: tuple[Any, ...] | None = None
         # The count of environment steps while gradient steps are the clock.
         self._num_timesteps_online: int | None = None
-        # Whether it was trained on what VecNormalize made of observations; the wrapper itself is never saved with the model.
-        self._normalized_observations = False
+        # Whether it was trained on what VecNormalize made of observations, where that is known; the wrapper itself is never
+        # saved with the model.
+        self._normalized_observations: bool | None = None
         # With a seed: where the model's own random streams stand between two calls that train.
         self._random_states: dict[str, Any] | None = None
         # The processes that train together, during such a `learn_offline`.
@@ -142,7 +145,7 @@ class OfflineMixin(OffPolicyAlgorithm):
 
         Raises:
             TypeError: If the dataset is neither.
-            ValueError: If it is empty or does not fit the model's spaces.
+            ValueError: If it is empty, does not fit the model's spaces, or sums other steps than the model's ``n_steps``.
         """
         source: tuple[Any, ...] | None = None
         if isinstance(dataset, ReplayBuffer):
@@ -173,6 +176,11 @@ class OfflineMixin(OffPolicyAlgorithm):
                 f"The model uses n_steps={self.n_steps}, but a {type(dataset).__name__} gives one-step targets: pass an "
                 "NStepReplayBuffer with the same n_steps and gamma, or an OfflineDataset."
             )
+        if self.n_steps > 1 and isinstance(buffer, NStepReplayBuffer) and not _sums_like(buffer, self.n_steps, self.gamma):
+            raise ValueError(
+                f"The model sums {self.n_steps} steps with gamma={self.gamma}, the replay buffer {buffer.n_steps} with "
+                f"gamma={buffer.gamma}: build it with the model's, or pass an OfflineDataset."
+            )
         buffer.device = self.device
         adopted = self._adopt_offline_buffer(buffer)
         device_data = None if self.data_device is None else self._place_on_device(adopted, th.device(self.data_device))
@@ -200,8 +208,24 @@ class OfflineMixin(OffPolicyAlgorithm):
         if self._vec_normalize_env is not None and self.offline_buffer is not None:
             fill_normalization(self._vec_normalize_env, self.offline_buffer)
 
+    @property
+    def _normalizes_observations(self) -> bool:
+        return self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs
+
     def _note_normalization(self) -> None:
-        self._normalized_observations = self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs
+        self._normalized_observations = self._normalizes_observations
+
+    def _require_same_normalization(self) -> None:
+        """Refuse to go on with networks that were trained on observations in other units."""
+        known = self._normalized_observations
+        if self._n_updates and known is not None and known != self._normalizes_observations:
+            raise ValueError(
+                "The model was trained on normalised observations, and its environment does not normalise them: wrap it in "
+                "VecNormalize with the statistics of the training (VecNormalize.load), and call set_env()."
+                if known
+                else "The model was trained on raw observations, and its environment's VecNormalize normalises them: call "
+                "set_env() with the environment without it, or with norm_obs=False; or have VecNormalize from the start."
+            )
 
     def _adopt_offline_buffer(self, buffer: ReplayBuffer) -> ReplayBuffer:
         """Prepare a buffer for training; a hook for algorithms that need more than SB3's columns."""
@@ -285,8 +309,12 @@ class OfflineMixin(OffPolicyAlgorithm):
             force_reset: See SB3.
         """
         super().set_env(env, force_reset)
-        if self._buffer_waits_for_env and self.replay_buffer is not None and self.replay_buffer.size() == 0:
-            self._buffer_waits_for_env = False
+        self._fill_normalization()
+        waiting = self.replay_buffer
+        if not self._buffer_waits_for_env or waiting is None:
+            return
+        self._buffer_waits_for_env = False
+        if waiting.size() == 0 or waiting.n_envs != self.n_envs:
             assert self.replay_buffer_class is not None
             assert isinstance(self.observation_space, spaces.Space)
             self.replay_buffer = self.replay_buffer_class(
@@ -299,9 +327,13 @@ class OfflineMixin(OffPolicyAlgorithm):
                 **self.replay_buffer_kwargs,
             )
             self._prepare_online_buffer()
+            if waiting.size():
+                refill(self.replay_buffer, waiting)
 
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
         """Load a replay buffer, see SB3; one that was filled with another number of environments is rearranged.
+
+        A model without an environment keeps it as it is until :meth:`set_env`.
 
         Args:
             path: See SB3.
@@ -313,7 +345,9 @@ class OfflineMixin(OffPolicyAlgorithm):
         own = getattr(self, "replay_buffer", None)  # SB3's users delete it before they load one.
         super().load_replay_buffer(path, truncate_last_traj)
         loaded = self.replay_buffer
-        if own is not None and loaded is not None and own is not loaded and own.n_envs != loaded.n_envs:
+        if self._buffer_waits_for_env or own is None or loaded is None:
+            return
+        if own is not loaded and own.n_envs != loaded.n_envs:
             self.replay_buffer = own
             own.reset()
             refill(own, loaded)
@@ -363,7 +397,8 @@ class OfflineMixin(OffPolicyAlgorithm):
             The model.
 
         Raises:
-            ValueError: If ``gradient_steps`` is negative, or if the ranks cannot train this model together.
+            ValueError: If ``gradient_steps`` is negative, if the model was trained on raw observations and its environment
+                normalises them, or the other way round, or if the ranks cannot train this model together.
         """
         if gradient_steps < 0:
             raise ValueError(f"gradient_steps must not be negative; got {gradient_steps}.")
@@ -371,6 +406,7 @@ class OfflineMixin(OffPolicyAlgorithm):
         if n_ranks > 1:
             self._check_ranks(n_ranks)
         self.set_offline_data(dataset)
+        self._require_same_normalization()
         self._note_normalization()
         name = f"{type(self).__name__}_offline" if tb_log_name is None else tb_log_name
         with self._own_streams():
@@ -521,12 +557,23 @@ class OfflineMixin(OffPolicyAlgorithm):
                 f"The replay buffer was filled with {self.replay_buffer.n_envs} environment(s), the model collects with "
                 f"{self.env.num_envs}: nothing could be added to it. Pass it to set_offline_data() to learn from it."
             )
+        self._require_same_normalization()
         self._note_normalization()
         before = self._last_obs
         result = super()._setup_learn(*args, **kwargs)
-        if self._last_obs is not before and isinstance(self.replay_buffer, ReturnsToGoMixin):
-            self.replay_buffer.cut_running_episodes()
+        if self._last_obs is not before:
+            self._break_off_running_episodes()
         return result
+
+    def _break_off_running_episodes(self) -> None:
+        """Tell the replay buffer that the environments were reset."""
+        buffer = self.replay_buffer
+        if isinstance(buffer, ReturnsToGoMixin):
+            buffer.cut_running_episodes()
+        if isinstance(buffer, NStepReplayBuffer) and buffer.size():
+            # Else rewards would be summed across the reset. To a sum of n steps a broken record is a truncated one.
+            running = buffer.dones[buffer.pos - 1] == 0
+            buffer.dones[buffer.pos - 1, running] = buffer.timeouts[buffer.pos - 1, running] = 1.0
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
@@ -618,6 +665,10 @@ def _channels_first(space: spaces.Space[Any]) -> spaces.Space[Any]:
     if is_image_space(space) and not is_image_space_channels_first(space):  # type: ignore[arg-type]
         return VecTransposeImage.transpose_space(space)  # type: ignore[arg-type]
     return space
+
+
+def _sums_like(buffer: NStepReplayBuffer, n_steps: int, gamma: float) -> bool:
+    return buffer.n_steps == n_steps and bool(np.isclose(buffer.gamma, gamma, rtol=1e-9))
 
 
 def _same_form(ours: spaces.Space[Any], theirs: spaces.Space[Any]) -> bool:

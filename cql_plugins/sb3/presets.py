@@ -61,7 +61,9 @@ class Preset:
         """
         taken = inspect.signature(algorithm).parameters
         values = {name: value for name, value in self.values.items() if name != "return_tail" or name in taken}
-        unknown = sorted(values.keys() - taken.keys())
+        policies = getattr(algorithm, "policy_aliases", {}).values()
+        taken_by_policy = {name for policy in policies for name in inspect.signature(policy).parameters}
+        unknown = sorted(values.keys() - taken.keys()) + sorted(values.get("policy_kwargs", {}).keys() - taken_by_policy)
         if unknown:
             raise ValueError(
                 f"This preset ({self.description}) is not for {algorithm.__name__}, which has no {', '.join(unknown)}."

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from cql_plugins.sb3.buffers import ReturnsToGoMixin
+from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
 
 Rows = list[tuple[int, NDArray[np.int64]]]
 """Rows of the old buffer in the order of time, with their environment."""
@@ -20,6 +20,7 @@ def refill(target: ReplayBuffer, source: ReplayBuffer) -> None:
 
     Every transition keeps its values, its return-to-go and its order in time; the oldest go where there is no room. Episodes
     that were running are over: no return is known for them. Of hindsight buffers whole episodes are taken, finished ones.
+    Returns-to-go that only the new buffer carries are summed first, while episodes are in one piece.
 
     Args:
         target: An empty buffer of the same kind.
@@ -36,6 +37,10 @@ def refill(target: ReplayBuffer, source: ReplayBuffer) -> None:
         )
     if isinstance(source, HerReplayBuffer) != isinstance(target, HerReplayBuffer):
         raise ValueError(f"Cannot fill a {type(target).__name__} from a {type(source).__name__}.")
+    if isinstance(target, ReturnsToGoMixin) and not isinstance(source, ReturnsToGoMixin):
+        source = with_returns_to_go(source, target._returns_gamma, target._return_tail, target.failure_reward)
+    if isinstance(target, HerReplayBuffer):
+        target.ep_start[:], target.ep_length[:] = 0, 0  # SB3's `reset` keeps the episodes that were there.
     columns = _whole_episodes(source, target) if isinstance(source, HerReplayBuffer) else _even_shares(source, target)
     length = max((sum(len(rows) for _, rows in column) for column in columns), default=0)
     for index, column in enumerate(columns):

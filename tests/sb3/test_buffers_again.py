@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3 import DQN, SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from cql_plugins.adapters import from_sb3
 from cql_plugins.sb3 import CQL, CalQL, DiscreteCalQL
@@ -95,6 +98,78 @@ class TestResets:
         model.replay_buffer.recompute_returns()
         assert np.all(model.replay_buffer.returns_to_go[rows] == -math.inf)
         assert np.isfinite(model.replay_buffer.returns_to_go[11:19]).all()
+
+    @pytest.mark.parametrize("n_envs", [1, 2, 3])
+    def test_found_before_a_buffer_is_rearranged(self, host: Any, tmp_path: Path, n_envs: int) -> None:
+        sac = host.build(SAC, DummyVecEnv([Clock]), learning_starts=1000, gamma=0.9)
+        sac.learn(3)
+        sac.learn(30)  # the first three rows are of an episode that nobody finished
+        sac.save_replay_buffer(tmp_path / "buffer")
+        model = host.build(CalQL, DummyVecEnv([Clock] * n_envs), learning_starts=1000, gamma=0.9)
+        model.load_replay_buffer(tmp_path / "buffer")
+        buffer = model.replay_buffer
+        best = sum(0.9**k for k in range(Clock.LIMIT))
+        returns, clock = buffer.returns_to_go[: buffer.size()], buffer.observations[: buffer.size(), :, 0]
+        known = np.isfinite(returns)
+        expected = (1 - 0.9 ** (Clock.LIMIT - clock)) / (1 - 0.9)
+        np.testing.assert_allclose(returns[known], expected[known], rtol=1e-5)
+        assert known.sum() >= 12
+        assert returns[known].max() <= best + 1e-5
+        buffer.recompute_returns()
+        np.testing.assert_array_equal(buffer.returns_to_go[: buffer.size()], returns)
+
+    @pytest.mark.parametrize("memory_efficient", [False, True])
+    def test_stay_unknown_when_summed_again(self, host: Any, memory_efficient: bool) -> None:
+        options = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+        model = host.build(
+            CalQL,
+            DummyVecEnv([Clock]),
+            learning_starts=1000,
+            return_tail="bootstrap",
+            **(options if memory_efficient else {}),
+        )
+        model.learn(3)
+        with pytest.warns(UserWarning, match="will be truncated") if memory_efficient else nullcontext():
+            model.learn(10)
+        model.replay_buffer.recompute_returns()
+        assert model.replay_buffer.dones[2, 0] == memory_efficient, "SB3 takes it for an end"
+        assert np.all(model.replay_buffer.returns_to_go[:3] == -math.inf)
+        assert np.isfinite(model.replay_buffer.returns_to_go[3:9]).all()
+
+    @pytest.mark.parametrize("algorithm", [CQL, CalQL])
+    def test_no_sum_of_steps_goes_across(self, algorithm: Any, host: Any) -> None:
+        model = host.build(algorithm, DummyVecEnv([Clock, Clock]), n_steps=3, gamma=0.5, learning_starts=1000)
+        model.learn(6)  # three steps of each environment
+        model.learn(20)
+        buffer = model.replay_buffer
+        found = {}
+        for _ in range(60):
+            sample = buffer.sample(8)
+            before, after, rewards, dones = sample.observations, sample.next_observations, sample.rewards, sample.dones
+            for row in range(8):
+                found.setdefault((float(before[row, 0]), float(after[row, 0])), set()).add(
+                    (float(rewards[row]), float(dones[row]))
+                )
+        assert found[1.0, 3.0] == {(1.5, 0.0)}, "cut after the third step: two rewards, and the target goes on from there"
+        assert found[2.0, 3.0] == {(1.0, 0.0)}
+        assert found[1.0, 4.0] == {(1.75, 0.0)}, "the other episodes have three"
+        assert all(before < after for before, after in found)
+
+
+class Clock(gym.Env[Any, Any]):
+    """Shows how many steps its episode has had, pays 1 for each, and ends after six."""
+
+    LIMIT = 6
+    observation_space, action_space = spaces.Box(0.0, 100.0, (1,), np.float32), spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.clock = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.clock += 1
+        return np.full(1, self.clock, np.float32), 1.0, self.clock >= self.LIMIT, False, {}
 
 
 class TestTwoModels:
@@ -184,8 +259,61 @@ class TestWithoutAnEnvironment:
             one.set_env(host.corridors(form="image"))
             assert one.replay_buffer is first, "what was collected stays"
 
+    @pytest.mark.parametrize("algorithm", [CQL, CalQL])
+    @pytest.mark.parametrize("n_envs", [1, 4])
+    def test_a_loaded_buffer_waits_with_it(self, algorithm: Any, host: Any, dataset: Any, tmp_path: Path, n_envs: int) -> None:
+        collector = host.build(algorithm, host.corridors(n_envs))
+        collector.learn(40)
+        collector.save_replay_buffer(tmp_path / "buffer")
+        model = algorithm.from_dataset(dataset, **host.tiny(algorithm))
+        model.load_replay_buffer(tmp_path / "buffer")
+        model.learn_offline(dataset, 1)
+        model.set_env(host.corridors())
+        assert model.replay_buffer.n_envs == 1
+        assert model.replay_buffer.size() == 40
+        assert isinstance(model.replay_buffer, ReturnsToGoMixin) == (algorithm is CalQL)
+        model.learn(20)
+        assert model.replay_buffer.size() == 60
+
 
 class TestHindsight:
+    def collector(self, host: Any, algorithm: Any, n_envs: int = 1, **changes: Any) -> Any:
+        options = {"replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"n_sampled_goal": 4}}
+        return host.build(algorithm, host.corridors(n_envs, form="goal"), form="goal", **options, **changes)
+
+    def test_a_model_of_another_discount_relabels_too(self, host: Any, tmp_path: Path) -> None:
+        first = self.collector(host, CalQL, gamma=0.99).learn(40)
+        first.save_replay_buffer(tmp_path / "buffer")
+        data = self.collector(host, CalQL, gamma=0.5).set_offline_data(first.replay_buffer)
+        loaded = self.collector(host, CalQL, gamma=0.5)
+        loaded.load_replay_buffer(tmp_path / "buffer", truncate_last_traj=False)
+        for buffer in (data.offline_buffer, loaded.replay_buffer):
+            returns = buffer.sample(200).returns_to_go
+            assert returns.min() >= -2.0, "rewards are -1 and 0"
+        assert first.replay_buffer.sample(200).returns_to_go.min() < -2.0
+        loaded.learn(20)
+
+    def test_a_buffer_of_cql_has_all_returns_for_calql(self, host: Any) -> None:
+        data = host.collect("goal")
+        cql = self.collector(host, CQL).set_offline_data(data)
+        calql = self.collector(host, CalQL).set_offline_data(cql.offline_buffer)
+        of_data = self.collector(host, CalQL).set_offline_data(data)
+        for model in (calql, of_data):
+            assert np.isfinite(model.sample_batch(200).returns_to_go.numpy()).all()
+        assert not cql.offline_buffer.sums_relabelled_rewards, "CQL does not pay for them afterwards"
+        again = self.collector(host, CalQL).set_offline_data(of_data.offline_buffer)
+        assert again.offline_buffer is of_data.offline_buffer
+
+    def test_a_loaded_buffer_takes_the_place_of_all_that_was_there(self, host: Any, tmp_path: Path) -> None:
+        saved = self.collector(host, CQL, 4, learning_starts=1000).learn(40)
+        saved.save_replay_buffer(tmp_path / "buffer")
+        model = self.collector(host, CQL).learn(150)
+        model.load_replay_buffer(tmp_path / "buffer", truncate_last_traj=False)
+        buffer = model.replay_buffer
+        assert buffer.ep_length[: buffer.size()].all()
+        assert not buffer.ep_length[buffer.size() :].any()
+        model.learn(20)
+
     @pytest.mark.parametrize(("algorithm", "factor"), [(CQL, 1), (CalQL, 2)])
     def test_only_who_looks_at_returns_pays_for_them(self, algorithm: Any, factor: int, host: Any) -> None:
         env = host.corridors(form="goal")

@@ -37,7 +37,7 @@ from cql_plugins.sb3 import (
     load_checkpoint,
 )
 from cql_plugins.sb3.checkpoints import data_identity
-from tests.sb3.conftest import build, collect, corridors, of_contrib
+from tests.sb3.conftest import build, collect, corridors, of_contrib, tiny
 
 CQLQRDQN, CQLTQC = of_contrib("CQLQRDQN", "CQLTQC")
 
@@ -476,6 +476,87 @@ def test_the_identity_is_of_the_data_and_not_of_what_was_computed_from_it() -> N
     model.offline_buffer.observations  # noqa: B018
     model.offline_buffer.actions[3, 0, 0] += 1e-3
     assert data_identity(model.offline_buffer) != first
+
+
+def test_a_run_without_an_environment_at_first_keeps_what_it_collected(tmp_path: Path) -> None:
+    data = collect()
+
+    def script(total: int) -> Any:
+        run = Checkpoints(tmp_path, save_freq=10)
+        model = run.resume(CalQL.from_dataset(data, **tiny(CalQL)))
+        run.learn_offline(model, data, 3)
+        model.set_env(corridors())
+        return run.learn(model, total)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the environment starts anew
+        first, second = script(30), script(60)
+    assert first.replay_buffer.size() == 30
+    assert second.replay_buffer.size() == 60
+    assert second.replay_buffer.buffer_size == first.replay_buffer.buffer_size == 200
+    assert transitions(first.replay_buffer, finished=True) <= transitions(second.replay_buffer)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"return_tail": "zero"}, {"return_tail": "none"}),
+        ({"return_tail": "zero"}, {"return_tail": "bootstrap"}),
+        ({"gamma": 0.99}, {"gamma": 0.5}),
+        ({"n_steps": 3}, {"n_steps": 5}),
+    ],
+)
+def test_a_run_goes_on_with_the_options_that_it_is_told(tmp_path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    def script(total: int, options: dict[str, Any]) -> Any:
+        run = Checkpoints(tmp_path, save_freq=10)
+        return run.learn(run.resume(build(CalQL, corridors(limit=3), seed=1, **options)), total)
+
+    script(30, before)
+    with pytest.warns(UserWarning, match="other options than it had"):
+        model = script(60, after)
+    buffer = model.replay_buffer
+    assert buffer.has_settings(model.gamma, model.return_tail)
+    assert getattr(buffer, "n_steps", 1) == model.n_steps
+    if model.n_steps > 1:
+        assert buffer.gamma == model.gamma
+    found = buffer.returns_to_go[:60].copy()
+    ends = np.flatnonzero(buffer.timeouts[:60, 0])
+    assert {end < 30 for end in ends} == {True, False}, "some were collected before, some since"
+    if model.return_tail == "none":
+        assert np.isneginf(found[ends]).all()
+    elif model.return_tail == "bootstrap":
+        before_it = ends[ends < 30]  # the others wait for the next estimate
+        assert np.isfinite(found[before_it]).all()
+        assert not np.allclose(found[before_it], buffer.rewards[before_it])
+    else:
+        buffer.recompute_returns()
+        np.testing.assert_array_equal(buffer.returns_to_go[:60], found)
+
+
+def test_a_run_goes_on_with_its_data_where_it_is_told(tmp_path: Path) -> None:
+    for steps, device in ((3, None), (6, "cpu")):
+        run = Checkpoints(tmp_path)
+        model = run.learn_offline(run.resume(build(CQL, seed=1, data_device=device)), collect(), steps)
+    assert model._n_offline_steps == 6
+    assert model._device_data is not None
+
+
+def test_a_checkpoint_of_another_buffer_is_refused_and_the_model_stays_as_it_was(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optimize_memory_usage": True, **_PLAIN}
+    for folder, n_envs, more in (("plain", 1, {}), ("efficient", 1, options)):
+        run = Checkpoints(tmp_path / folder)
+        run.learn(build(CQL, corridors(n_envs), seed=1, **more), 30)
+    wrong = [
+        ("plain", "ReplayBuffer, the model a NStepReplayBuffer", build(CQL, seed=2, n_steps=3)),
+        ("efficient", "each other's next observations", build(CQL, corridors(2), seed=2, **options)),
+        ("plain", "next_observations in its replay buffer", build(CQL, seed=2, **options)),
+    ]
+    for folder, message, model in wrong:
+        before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoints(tmp_path / folder).resume(model)
+        assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
+        assert model.num_timesteps == model._n_updates == model.replay_buffer.size() == 0
 
 
 def test_a_checkpoint_of_something_else_is_refused_and_the_model_stays_as_it_was(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import HerReplayBuffer
+from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.envs import SimpleMultiObsEnv
@@ -340,3 +340,43 @@ def test_normalised_goals_with_hindsight(algorithm: Any, host: Any) -> None:
     model.learn_offline(host.collect("goal"), 2).learn(30)
     batch = model.sample_batch(8)
     assert np.isfinite(batch.rewards.numpy()).all()
+
+
+def test_networks_of_raw_observations_are_not_given_normalised_ones(
+    algorithm: Any, host: Any, dataset: Any, tmp_path: Path
+) -> None:
+    def normalized(**options: Any) -> VecNormalize:
+        return VecNormalize(host.corridors(), norm_reward=False, **options)
+
+    raw = algorithm.from_dataset(dataset, **host.tiny(algorithm)).learn_offline(dataset, 2)
+    raw.save(tmp_path / "raw")
+    raw.set_env(normalized())
+    for go_on in (lambda: raw.learn(20), lambda: raw.learn_offline(dataset, 1)):
+        with pytest.raises(ValueError, match=r"trained on raw observations.*set_env\(\)"):
+            go_on()
+    raw.set_env(normalized(norm_obs=False))
+    raw.learn(20)
+    with pytest.raises(ValueError, match="trained on raw observations"):
+        algorithm.load(tmp_path / "raw", env=normalized()).learn(20)
+
+    scaled = host.build(algorithm, normalized()).learn_offline(dataset, 2)
+    scaled.set_env(host.corridors())
+    with pytest.raises(ValueError, match=r"trained on normalised observations.*VecNormalize\.load"):
+        scaled.learn(20)
+    scaled.set_env(normalized())
+    scaled.learn(20)
+
+    # Nothing is known of how SB3's own were trained.
+    host.build(SAC, normalized()).learn(20).save(tmp_path / "sac")
+    algorithm.load(tmp_path / "sac", env=normalized(), device="cpu").learn(20)
+    algorithm.load(tmp_path / "sac", env=host.corridors(), device="cpu").learn(20)
+
+
+def test_statistics_come_from_the_data_of_a_model_without_an_environment(algorithm: Any, host: Any, dataset: Any) -> None:
+    model = algorithm.from_dataset(dataset, **host.tiny(algorithm))
+    env = VecNormalize(host.corridors(), norm_reward=False)
+    model.set_env(env)
+    other = VecNormalize(host.corridors(), norm_reward=False)
+    host.build(algorithm, other).set_offline_data(dataset)
+    np.testing.assert_array_equal(env.obs_rms.mean, other.obs_rms.mean)
+    assert env.obs_rms.count == other.obs_rms.count > len(dataset) - 1

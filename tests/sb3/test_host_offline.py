@@ -423,6 +423,15 @@ BAD = [
 
 
 @ALGORITHMS
+def test_numbers_of_numpy_are_numbers(algorithm: Any, host: Any) -> None:
+    options = {"cql_n_actions": np.int64(3), "bc_steps": np.int32(2), "offline_fraction": np.float32(0.25)}
+    model = host.build(algorithm, **options)
+    for name, value in options.items():
+        assert getattr(model, name) == value
+        assert type(getattr(model, name)) in (int, float)
+
+
+@ALGORITHMS
 @pytest.mark.parametrize(("wrong", "message"), BAD, ids=[f"{name}={value}" for bad, _ in BAD for name, value in bad.items()])
 def test_bad_arguments(algorithm: Any, host: Any, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -111,6 +111,9 @@ def test_one_step_buffers_do_not_feed_an_n_step_model(algorithm: Any, host: Any,
     model = host.build(algorithm, n_steps=3)
     with pytest.raises(ValueError, match="NStepReplayBuffer"):
         model.learn_offline(dataset.to_sb3(model, n_steps=1), 1)
+    for changes in ({"n_steps": 2}, {"gamma": 0.5}):
+        with pytest.raises(ValueError, match=r"The model sums 3 steps with gamma=0\.99, the replay buffer"):
+            model.learn_offline(dataset.to_sb3(model, **changes), 1)
     model.learn_offline(dataset.to_sb3(model), 1)
 
 

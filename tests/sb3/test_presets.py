@@ -73,6 +73,8 @@ def test_changes_and_the_wrong_class() -> None:
     assert changed["policy_kwargs"] == {"net_arch": {"pi": [256] * 2, "qf": [256] * 4}, "n_critics": 3}
     assert "return_tail" not in changed
     assert "n_critics" not in preset.arguments(CQL)["policy_kwargs"], "the preset itself stays as it is"
+    with pytest.raises(ValueError, match="is not for DiscreteCQL, which has no n_quantiles"):
+        PRESETS["atari-1"].arguments(DiscreteCQL)
     with pytest.raises(ValueError, match="is not for DiscreteCQL, which has no actor_learning_rate"):
         preset.arguments(DiscreteCQL)
     with pytest.raises(TypeError):
