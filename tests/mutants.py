@@ -23,6 +23,7 @@ LOSSES, ACTOR_CRITIC, RETURNS, BUFFERS = (
     "cql_plugins/returns.py",
     "cql_plugins/sb3/buffers.py",
 )
+OFFLINE, REARRANGE = "cql_plugins/sb3/offline.py", "cql_plugins/sb3/rearrange.py"
 D3RLPY = "cql_plugins/d3rlpy/"
 Q_LEARNING, QRDQN, TQC, CONSERVATIVE = (f"cql_plugins/sb3/{name}.py" for name in ("q_learning", "qrdqn", "tqc", "conservative"))
 OF_SPEED = {"discrete-targets-in-bf16", "takes-a-users-network-apart"}
@@ -117,7 +118,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "time-out-as-termination": (
         RETURNS,
-        "truncated = np.asarray(truncations, dtype=bool) & ~terminated",
+        "truncated = truncated & ~terminated & ~cut",
         "truncated = np.zeros_like(terminated)",
     ),
     "partial-returns-online": (
@@ -303,6 +304,16 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "old-batch-in-the-graph": (CAPTURED, "        th._foreach_copy_(", "        (lambda *_: None)("),
     "one-graph-for-all": (CAPTURED, "kind = (self._kind(), ", "kind = (0, "),
     "saves-the-devices-rate": (CAPTURED, 'own["lr"] = group["_rate_value"]', "pass"),
+    # Seams between runs, models and environments.
+    "cut-is-an-end": (RETURNS, "    terminated = terminated & ~cut\n", ""),
+    "sums-across-resets": (
+        OFFLINE,
+        "running = buffer.dones[buffer.pos - 1] == 0",
+        "running = buffer.dones[buffer.pos - 1] != 0",
+    ),
+    "keeps-old-episodes": (REARRANGE, "target.ep_start[:], target.ep_length[:] = 0, 0", "pass"),
+    "summed-after-moving": (REARRANGE, "source = with_returns_to_go(source", "_ = with_returns_to_go(source"),
+    "no-relabelled-sums": (BUFFERS, "twin.sums_relabelled_rewards = True", "pass"),
     # What is said of the critic.
     "returns-undiscounted": (FIGURES, "weights = [gamma **", "weights = [1.0 **"),
     "entropy-added": (FIGURES, "self.predicted - self.actual - self.entropy", "self.predicted - self.actual + self.entropy"),
