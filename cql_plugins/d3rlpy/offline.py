@@ -20,7 +20,6 @@ from d3rlpy.base import LearnableConfig
 from d3rlpy.constants import IMPL_NOT_INITIALIZED_ERROR, ActionSpace
 from d3rlpy.dataset import (
     FrameStackTransitionPicker,
-    LastFrameWriterPreprocess,
     MixedReplayBuffer,
     ReplayBufferBase,
     SparseRewardTransitionPicker,
@@ -35,7 +34,12 @@ from cql_plugins._guards import SickListener, bad_cells
 from cql_plugins.d3rlpy.batches import ReturnsSettings, ReturnsToGoMiniBatch, TailValues
 from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer
 from cql_plugins.d3rlpy.export import example_inputs, export_onnx
-from cql_plugins.d3rlpy.online import OfflineOnlineReplayBuffer, ReturnsToGoReplayBuffer, with_returns_to_go
+from cql_plugins.d3rlpy.online import (
+    NewestFrameWriterPreprocess,
+    OfflineOnlineReplayBuffer,
+    ReturnsToGoReplayBuffer,
+    with_returns_to_go,
+)
 from cql_plugins.d3rlpy.runs import ResumePoint, Run, following, states_before_reset
 
 if TYPE_CHECKING:
@@ -209,13 +213,17 @@ class OfflineToOnlineMixin(_AlgoBase):
             offline = offline.offline  # The data of an earlier mix, whose online part is its own.
         picker = None if offline is None else offline.transition_picker
         picker = getattr(picker, "inner", picker)
+        preprocessor = None
+        if offline is not None and isinstance(picker, FrameStackTransitionPicker):
+            # Environments whose frames are stacked give all of them; the picker stacks those that are stored.
+            shapes = offline.dataset_info.observation_signature.shape
+            preprocessor = NewestFrameWriterPreprocess([int(shape[0]) for shape in shapes])
         online = create_fifo_replay_buffer(
             _ONLINE_CAPACITY,
             env=env,
             transition_picker=picker,
             trajectory_slicer=None if offline is None else offline.trajectory_slicer,
-            # Environments whose frames are stacked give all of them; the picker stacks those that are stored.
-            writer_preprocessor=LastFrameWriterPreprocess() if isinstance(picker, FrameStackTransitionPicker) else None,
+            writer_preprocessor=preprocessor,
         )
         if offline is None:
             return with_returns_to_go(online)
