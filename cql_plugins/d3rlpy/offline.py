@@ -152,7 +152,15 @@ class OfflineToOnlineMixin(_AlgoBase):
 
         Args:
             dataset: A d3rlpy buffer, for example from :func:`cql_plugins.adapters.to_d3rlpy`; ``None`` for none.
+
+        Raises:
+            TypeError: If it is no buffer.
         """
+        if dataset is not None and not isinstance(dataset, ReplayBufferBase):
+            raise TypeError(
+                f"dataset must be a buffer of d3rlpy's; got {type(dataset).__name__}. Pass "
+                "cql_plugins.adapters.to_d3rlpy(dataset) for an OfflineDataset."
+            )
         if dataset is not None and self._needs_returns:
             dataset = with_returns_to_go(dataset)
         self._offline_data = dataset
