@@ -187,13 +187,13 @@ def _warn_of_optimizers(config: Any, arguments: dict[str, Any]) -> None:
 
 
 def _changed_fields(factory: Any) -> dict[str, Any]:
-    """Fields of a dataclass that are not at their defaults; a list that was read from a file is the tuple that it was."""
+    """Fields of a dataclass that are not at their defaults."""
     changed = {}
     for field in dataclasses.fields(factory):
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
         value = getattr(factory, field.name)
-        if (tuple(value) if isinstance(value, list) else value) != default:
+        if value != default:
             changed[field.name] = value
     return changed
 
@@ -409,7 +409,7 @@ def _lost_in_d3rlpy(model: Any, fields: dict[str, Any]) -> list[str]:
     rates = {"learning_rate": model.lr_schedule}
     if getattr(model, "actor_learning_rate", None) is not None:
         rates["actor_learning_rate"] = model.actor_lr_schedule
-    scheduled = [name for name, rate in rates.items() if len({rate(float(left)) for left in np.linspace(1.0, 0.0, 101)}) > 1]
+    scheduled = [name for name, rate in rates.items() if len({rate(float(at)) for at in np.linspace(1.0, 0.0, 101)}) > 1]
     if scheduled and not optimizers_given:
         messages.append(
             f"{' and '.join(scheduled)}: a schedule is not carried, its first value is taken. Pass to_d3rlpy_model an "

@@ -252,7 +252,7 @@ class TestToSB3:
         own: dict[str, Any] = {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.1}}
         model = to_sb3_model(decaying, Small(), device="cpu", policy_kwargs=own)
         assert model.critic.optimizer.param_groups[0]["weight_decay"] == 0.1
-        built(CQLConfig).save(str(tmp_path / "algo.d3"))  # a file has lists for the tuples
+        built(CQLConfig).save(str(tmp_path / "algo.d3"))
         to_sb3_model(d3rlpy.load_learnable(str(tmp_path / "algo.d3")), Small(), device="cpu")  # type: ignore[arg-type]
         clipped = built(CQLConfig, critic_optim_factory=AdamW(clip_grad_norm=1.0, weight_decay=0.1))
         with pytest.warns(UserWarning, match=r"AdamWFactory\(clip_grad_norm=1.0\)"):
