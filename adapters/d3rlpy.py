@@ -29,8 +29,8 @@ def to_d3rlpy(
     """Make a d3rlpy replay buffer that has every transition, with its real next observation.
 
     The arrays are shared, not copied. Actions are in the environment's units, as d3rlpy keeps them, continuous or
-    discrete as the space says. Dict observations become d3rlpy's tuples, in the order of the space's keys; channel-last
-    images (uint8) become channel-first.
+    discrete as the space says. Dict observations become d3rlpy's tuples, in the order of the space's keys; images (uint8)
+    become channel-first: channel-last ones are transposed, grey ones `(H, W)` get one channel, `(1, H, W)`.
 
     Args:
         dataset: The data set.
@@ -100,6 +100,16 @@ def _leaves(observations: Any, space: spaces.Space[Any], field: str, source: str
     array: Array = observations
     if array.ndim == 1:
         array = array.reshape(-1, 1)
+    if array.ndim == 3 and array.dtype == np.uint8:
+        array = array[:, None]
+    if array.ndim not in (2, 4):
+        raise DatasetError(
+            f"expected vectors, or images with a channel axis; got observations of shape {array.shape[1:]}, for which d3rlpy "
+            "has no encoder",
+            source=source,
+            field=field,
+            hint="Flatten them, or reshape them to (channels, height, width)",
+        )
     if array.ndim == 4 and array.dtype == np.uint8 and array.shape[3] < min(array.shape[1:3]):
         array = np.moveaxis(array, 3, 1)
     return [array]
@@ -122,6 +132,7 @@ def from_d3rlpy(
     d3rlpy's own episodes lack the observation after a time-out: that transition cannot be used, and a warning says how
     many there were. Ours have it (`to_d3rlpy`, and what `fit_online` of our algorithms collected). A running episode
     counts as truncated. Of a FIFO buffer whole episodes are read, also where their first steps are no longer sampled.
+    Images come back channel-first, as d3rlpy has them: grey ones as `(1, H, W)`.
 
     Args:
         replay_buffer: Any of d3rlpy's, or ours.

@@ -73,7 +73,8 @@ def from_d4rl(
         env_id: Id of the environment that the data comes from.
         references: Returns of a random and of an expert policy, in place of those looked up.
         max_episode_steps: The environment's time limit, for files with neither `timeouts` nor `next_observations` (the
-            first version of D4RL); known here for the locomotion tasks.
+            first version of D4RL); known here for the locomotion tasks. A file's own `timeouts` come first, and a warning
+            says so where an episode is longer than this.
         prefer_termination: Read a step with both flags as terminated instead of refusing it.
         storage: `memory`, or `memmap` to keep the data of a file in files of its own, see `from_minari`.
         cache_dir: Folder for these files, see `from_minari`.
@@ -94,7 +95,7 @@ def from_d4rl(
 
     def read(fields: Mapping[str, Any], present: list[str], allocate: Allocate) -> tuple[OfflineDataset, list[str]]:
         known = "timeouts" in fields or "next_observations" in fields
-        return read_steps(
+        dataset, notes = read_steps(
             _steps_of(fields, present, source),
             observation_space=observation_space,
             action_space=action_space,
@@ -103,6 +104,13 @@ def from_d4rl(
             announce_inferred="actions" in fields and _leaves_unit_box(fields["actions"]),
             allocate=allocate,
         )
+        longest = int(dataset.episode_lengths.max())
+        if max_episode_steps is not None and "timeouts" in fields and longest > max_episode_steps:
+            notes.append(
+                f"max_episode_steps={max_episode_steps} did not end an episode of {longest} steps, since timeouts are given; "
+                "leave that field out where nobody filled it in"
+            )
+        return dataset, notes
 
     if isinstance(path_or_mapping, Mapping):
         if mapped:

@@ -1,5 +1,7 @@
 """Models that move between d3rlpy and Stable-Baselines3: same policy, same Q."""
 
+import dataclasses
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -32,12 +34,12 @@ def to_sb3_model(algo: "AnyAlgo", env: Any, **kwargs: Any) -> "SAC":
 
     CQL and Cal-QL (ours and d3rlpy's own) become `cql_plugins.sb3.CQL` and `CalQL`, d3rlpy's SAC becomes SB3's. Carried
     are the actor, the critics and their targets, the entropy coefficient, the Lagrange multiplier, and the options that
-    both have; optimisers start anew. An observation scaler becomes a `VecNormalize` around the environment whose
-    statistics stand still: `model.get_env()` has it, and `model.predict` wants observations from there. An action
-    scaler must have the bounds of the environment's action space, which is what SB3 scales by.
+    both have; optimisers start anew as plain Adam, and a warning says where they were something else. An observation
+    scaler becomes a `VecNormalize` around the environment whose statistics stand still: `model.get_env()` has it, and
+    `model.predict` wants observations from there. An action scaler must have the bounds of the environment's action
+    space, which is what SB3 scales by.
 
-    d3rlpy's own CQL takes the policy's mean action in its target, which SB3's side does not have: there, training goes
-    on with a sampled one.
+    d3rlpy's own CQL takes the policy's mode in its target; such a model goes on with `mode_q_backup=True`.
 
     Args:
         algo: The algorithm, built (by `fit`, `build_with_env`, `create_impl` or `d3rlpy.load_learnable`).
@@ -67,6 +69,7 @@ def to_sb3_model(algo: "AnyAlgo", env: Any, **kwargs: Any) -> "SAC":
     if not hasattr(modules["policy"], "_logstd") or not isinstance(modules["policy"]._logstd, th.nn.Linear):
         raise ModelError("SB3's actor has a standard deviation that depends on the state; this policy's does not.")
     env = _scaled_env(algo, env)
+    _warn_of_optimizers(config, kwargs)
     networks = {
         "net_arch": {"pi": actor_units, "qf": critic_units},
         "activation_fn": activation,
@@ -135,7 +138,7 @@ def _sb3_options(algo: "AnyAlgo", modules: dict[str, Any]) -> "tuple[type[SAC], 
         "backup_entropy": config.soft_q_backup,
     }
     is_calibrated = isinstance(algo, d3rlpy.algos.CalQL) or hasattr(config, "return_tail")
-    ours = ["cql_variant", "cql_temperature", "cql_clip_diff", "normalize_gap", "offline_fraction"]
+    ours = ["cql_variant", "cql_temperature", "cql_clip_diff", "normalize_gap", "offline_fraction", "precision"]
     ours += ["return_tail", "calibrate_random"] if is_calibrated else []
     options |= {name: getattr(config, name) for name in ours if hasattr(config, name)}
     return (CalQL if is_calibrated else CQL), options
@@ -156,6 +159,42 @@ def _warn_of_rate(field: str, rate: float, owner: str, taken: float) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def _warn_of_optimizers(config: Any, arguments: dict[str, Any]) -> None:
+    """Say what of d3rlpy's optimisers is not plain Adam, where the SB3 model's arguments do not answer it."""
+    answered = ["lr_scheduler_factory"] if "learning_rate" in arguments else []
+    has_own_class = bool({"optimizer_class", "optimizer_kwargs"} & set(arguments.get("policy_kwargs") or {}))
+    lost = []
+    for owner in ("actor", "critic", "temp", "alpha"):
+        factory = getattr(config, f"{owner}_optim_factory", None)
+        if factory is None or getattr(config, f"{owner}_learning_rate") == 0.0:
+            continue
+        changed = {name: value for name, value in _changed_fields(factory).items() if name not in answered}
+        if has_own_class:
+            changed = {name: value for name, value in changed.items() if name in ("clip_grad_norm", "lr_scheduler_factory")}
+        if changed or (type(factory).__name__ != "AdamFactory" and not has_own_class):
+            shown = ", ".join(f"{name}={value}" for name, value in changed.items())
+            lost.append(f"{owner}_optim_factory={type(factory).__name__}({shown})")
+    if lost:
+        warnings.warn(
+            f"{'; '.join(lost)}: not carried, the SB3 model steps with plain Adam. Pass optimizer_class and optimizer_kwargs "
+            "in policy_kwargs, and a schedule as learning_rate; SB3's SAC does not clip gradients.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _changed_fields(factory: Any) -> dict[str, Any]:
+    """Fields of a dataclass that are not at their defaults."""
+    changed = {}
+    for field in dataclasses.fields(factory):
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        value = getattr(factory, field.name)
+        if value != default:
+            changed[field.name] = value
+    return changed
 
 
 def _scaled_env(algo: "AnyAlgo", env: Any) -> Any:
@@ -233,16 +272,18 @@ def _check_action_scaler(algo: "AnyAlgo", space: spaces.Space[Any]) -> None:
 # SB3 -> d3rlpy --------------------------------------------------------------------------------------------------------
 
 
-def to_d3rlpy_model(model: "SAC", device: str | bool | int = False) -> "AnyAlgo":
+def to_d3rlpy_model(model: "SAC", device: str | bool | int = False, **kwargs: Any) -> "AnyAlgo":
     """Make a d3rlpy algorithm of a Stable-Baselines3 model, for its evaluators, exports and off-policy evaluation.
 
     `cql_plugins.sb3.CQL` and `CalQL` become ours for d3rlpy, SB3's `SAC` becomes d3rlpy's. Carried is what
     `to_sb3_model` carries. `VecNormalize` becomes an observation scaler with the statistics of this moment (its
-    clipping is not carried, and said), the bounds of the action space an action scaler.
+    clipping is not carried, and said), the bounds of the action space an action scaler. A warning says what else the model
+    trains with and d3rlpy's would not: several steps, cloning, schedules, optimisers other than plain Adam.
 
     Args:
         model: The model.
         device: d3rlpy's device argument.
+        **kwargs: Fields of the config that are to be other than the model's.
 
     Returns:
         The algorithm; `predict` takes raw observations and returns actions in the environment's units.
@@ -269,17 +310,23 @@ def to_d3rlpy_model(model: "SAC", device: str | bool | int = False) -> "AnyAlgo"
         units = [layer.out_features for layer in _linears(network)]
         return d3rlpy.models.VectorEncoderFactory(units, activation)
 
-    algo: AnyAlgo = config_class(
-        batch_size=model.batch_size,
-        gamma=model.gamma,
-        tau=model.tau,
-        critic_learning_rate=model.lr_schedule(1.0),
-        n_critics=len(critic.q_networks),
-        actor_encoder_factory=encoder(actor.latent_pi),
-        critic_encoder_factory=encoder(critic.q_networks[0][:-1]),
-        observation_scaler=_observation_scaler(model.get_vec_normalize_env()),
+    networks = {
+        "n_critics": len(critic.q_networks),
+        "actor_encoder_factory": encoder(actor.latent_pi),
+        "critic_encoder_factory": encoder(critic.q_networks[0][:-1]),
+    }
+    fields = {
+        "batch_size": model.batch_size,
+        "gamma": model.gamma,
+        "tau": model.tau,
+        "critic_learning_rate": model.lr_schedule(1.0),
+        "observation_scaler": _observation_scaler(model.get_vec_normalize_env()),
         **options,
-    ).create(device)
+        **kwargs,
+    }
+    algo: AnyAlgo = config_class(**(fields | networks)).create(device)
+    for message in _lost_in_d3rlpy(model, kwargs):
+        warnings.warn(message, UserWarning, stacklevel=2)
     algo.create_impl(model.observation_space.shape or (), int(np.prod(action_space.shape)))
     assert algo.impl is not None
     modules = _unwrapped(algo.impl.modules)
@@ -331,10 +378,63 @@ def _d3rlpy_options(model: "SAC") -> tuple[Callable[..., Any], dict[str, Any]]:
     }
     if model.cql_lagrange_threshold is not None:
         options |= {"alpha_learning_rate": model.lr_schedule(1.0), "alpha_threshold": model.cql_lagrange_threshold}
-    names = ["cql_variant", "cql_temperature", "cql_clip_diff", "normalize_gap", "offline_fraction"]
+    names = ["cql_variant", "cql_temperature", "cql_clip_diff", "normalize_gap", "offline_fraction", "precision"]
     names += ["return_tail", "calibrate_random"] if isinstance(model, CalQL) else []
     options |= {name: getattr(model, name) for name in names}
     return (CalQLConfig if isinstance(model, CalQL) else CQLConfig), options
+
+
+def _lost_in_d3rlpy(model: Any, fields: dict[str, Any]) -> list[str]:
+    """What a model trains with that d3rlpy's algorithm will not, where the config's fields do not answer it."""
+    messages = []
+    n_steps = max(model.n_steps, (model.replay_buffer_kwargs or {}).get("n_steps", 1))
+    if n_steps > 1:
+        messages.append(
+            f"n_steps={n_steps} is not carried: d3rlpy's buffers look that many steps ahead. Make them with "
+            f"transition_picker=MultiStepTransitionPicker({n_steps}, {model.gamma}) of d3rlpy.dataset."
+        )
+    left = getattr(model, "bc_steps", 0) - model._n_updates
+    if left > 0:
+        messages.append(
+            f"bc_steps={model.bc_steps} is not carried: d3rlpy's actor does not clone the data's actions. Do the {left} "
+            "gradient steps that are left before, with learn_offline."
+        )
+    own = {"target_update_interval": 1, "cql_alpha_online": None}
+    for name, default in own.items():
+        value = getattr(model, name, default)
+        if value != default:
+            messages.append(f"{name}={value} is not carried: d3rlpy has no such option.")
+    optimizers_given = bool({"actor_optim_factory", "critic_optim_factory"} & set(fields))
+    rates = {"learning_rate": model.lr_schedule}
+    if getattr(model, "actor_learning_rate", None) is not None:
+        rates["actor_learning_rate"] = model.actor_lr_schedule
+    scheduled = [name for name, rate in rates.items() if len({rate(float(at)) for at in np.linspace(1.0, 0.0, 101)}) > 1]
+    if scheduled and not optimizers_given:
+        messages.append(
+            f"{' and '.join(scheduled)}: a schedule is not carried, its first value is taken. Pass to_d3rlpy_model an "
+            "actor_optim_factory and a critic_optim_factory with an lr_scheduler_factory of d3rlpy.optimizers."
+        )
+    changed = _changed_optimizer(model.policy)
+    if changed and not optimizers_given:
+        messages.append(
+            f"The optimiser {changed} is not carried: d3rlpy's are plain Adam. Pass to_d3rlpy_model an actor_optim_factory "
+            "and a critic_optim_factory of d3rlpy.optimizers."
+        )
+    return messages
+
+
+def _changed_optimizer(policy: Any) -> str | None:
+    """The optimiser of an SB3 policy where it is not plain Adam; how fast it is computed does not count."""
+    import torch as th
+
+    optimizer_class, chosen = policy.optimizer_class, dict(policy.optimizer_kwargs)
+    if optimizer_class is th.optim.Adam:
+        defaults = {name: parameter.default for name, parameter in inspect.signature(th.optim.Adam).parameters.items()}
+        without_effect = ("foreach", "fused", "capturable", "differentiable")
+        chosen = {name: value for name, value in chosen.items() if name not in without_effect and value != defaults.get(name)}
+        if not chosen:
+            return None
+    return f"{optimizer_class.__name__}({', '.join(f'{name}={value}' for name, value in chosen.items())})"
 
 
 def _check_sb3_networks(model: "SAC") -> None:

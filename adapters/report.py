@@ -109,7 +109,8 @@ class DatasetSummary:
         if self.share_actions_at_bounds is not None:
             yield "action values at their bounds", f"{100 * self.share_actions_at_bounds:.2f} %"
         if self.action_counts is not None:
-            yield "actions taken", shorten([f"{action}: {count:,}" for action, count in enumerate(self.action_counts)])
+            start = int(getattr(self.action_space, "start", 0))
+            yield "actions taken", shorten([f"{action}: {count:,}" for action, count in enumerate(self.action_counts, start)])
         yield "constant columns", shorten(self.constant_columns)
         yield "non-finite columns", shorten(self.non_finite_columns)
 

@@ -66,8 +66,9 @@ def to_sb3(
         The buffer, with `returns_to_go` of shape `(len(dataset), 1)`.
 
     Raises:
-        DatasetError: If the data set does not fit the spaces, which are both printed, or SB3 has no buffer for them; for
-            a model with hindsight, if there is no `compute_reward`, or if it does not give the data set's rewards.
+        DatasetError: If the data set does not fit the spaces, which are both printed, or SB3 has no buffer for them, or
+            no networks (integers that do not start at 0); for a model with hindsight, if there is no `compute_reward`,
+            or if it does not give the data set's rewards.
         ImportError: If Stable-Baselines3 is not installed.
     """
     base = _buffer_base(dataset, model_or_env, n_steps := _setting(n_steps, model_or_env, "n_steps", 1))
@@ -195,7 +196,11 @@ def _check_fit(dataset: OfflineDataset, observation_space: spaces.Space[Any], ac
         ("action_space", dataset.action_space, action_space),
     ):
         inferred = field in dataset.inferred_spaces
-        problem = _misfit(own, target, inferred) or (_degenerate_bounds(target) if field == "action_space" else _nested(target))
+        problem = (
+            _misfit(own, target, inferred)
+            or (_degenerate_bounds(target) if field == "action_space" else _nested(target))
+            or _shifted(target)
+        )
         if problem:
             raise DatasetError(
                 f"the data set does not fit: {problem}. Data set{' (inferred)' if inferred else ''}: {own}. "
@@ -289,6 +294,18 @@ def _degenerate_bounds(space: spaces.Space[Any]) -> str | None:
         span = space.high.astype(np.float64) - space.low
         if not np.all(np.isfinite(span) & (span > 0)):
             return "actions cannot be scaled without finite bounds, low below high"
+    return None
+
+
+def _shifted(space: spaces.Space[Any]) -> str | None:
+    """Find integers that do not start at 0: SB3's networks have a column for each of 0 to n - 1."""
+    if isinstance(space, spaces.Dict):
+        return next((f"at key '{key}', {problem}" for key, sub in space.items() if (problem := _shifted(sub))), None)
+    if isinstance(space, spaces.Discrete) and space.start != 0:
+        return (
+            f"Stable-Baselines3 has integers from 0 on, these start at {space.start}. Subtract {space.start} in the data, and "
+            "in the environment by a wrapper"
+        )
     return None
 
 

@@ -42,7 +42,7 @@ _PATTERNS = [
     re.compile(rf"^{_ADROIT}-(?:human|cloned|expert)(?:-longhorizon)?{_END}"),
     re.compile(rf"(?:^|/){_ADROIT}/(?:human|cloned|expert)[^/]*$"),
     re.compile(rf"^adroithand{_ADROIT}{_END}"),  # the sparse-reward environments have other returns, so they do not match
-    re.compile(r"(?:^|/)(?P<task>antmaze)[-/]"),
+    re.compile(r"(?:^|/)(?P<task>antmaze)[-/](?!.*dense)"),  # those with a dense reward have no reference
     re.compile(r"(?:^|/)(?:franka)?(?P<task>kitchen)[-/]"),
     re.compile(rf"(?:^|/)(?:maze2d|pointmaze)[-/](?P<maze>umaze|medium|large)-?(?P<dense>dense|sparse)?{_END}"),
     re.compile(r"(?:^|/)(?P<task>minigrid[-/]fourrooms)\b"),

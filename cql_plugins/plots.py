@@ -101,6 +101,20 @@ class Run:
             steps.append(step)
             values.append(float(value))
 
+    def end(self, phase: Phase) -> float:
+        """Find the largest step of a phase; 0 without any."""
+        return max((max(steps) for steps, _ in self.series[phase].values()), default=0.0)
+
+    def append(self, part: Run) -> None:
+        """Add what came later; a phase whose steps do not count on begins where the same phase ended before."""
+        for phase in PHASES:
+            first, end = min((min(steps) for steps, _ in part.series[phase].values()), default=0.0), self.end(phase)
+            offset = end if first <= end else 0.0
+            for name, (steps, values) in part.series[phase].items():
+                before = self.series[phase].setdefault(name, ([], []))
+                before[0].extend(step + offset for step in steps)
+                before[1].extend(values)
+
     def find(self, phase: Phase, names: Iterable[str]) -> tuple[list[float], list[float]]:
         """Find the first of some names."""
         return next((self.series[phase][name] for name in names if name in self.series[phase]), ([], []))
@@ -123,7 +137,9 @@ def plot_run(
 
     Args:
         log_folders: Folders with SB3's ``progress.csv`` (``model.set_logger(configure(folder, ["csv"]))``) or the files of
-            d3rlpy's ``FileAdapterFactory``. Several are parts of one run, such as an offline and an online one, in order.
+            d3rlpy's ``FileAdapterFactory``. Several are parts of one run, such as an offline and an online one, in order;
+            of one phase, the steps of the next are counted on where its log, like that of each ``fit`` of d3rlpy's, begins
+            anew.
         path: Also write the figure there, as PNG, SVG or PDF by its suffix.
         title: Above the figure.
         theme: ``"dark"`` for light text on a dark ground.
@@ -142,7 +158,9 @@ def plot_run(
 
         run = Run()
         for folder in map(Path, log_folders):
-            _read(folder, run)
+            part = Run()
+            _read(folder, part)
+            run.append(part)
         first = SCORE if run.has(SCORE.lines[0]) else RETURN
         panels = [panel for panel in (first, *PANELS) if any(run.has(line) for line in panel.lines)]
         if not panels:
@@ -197,7 +215,7 @@ def _draw(panel: Panel, axis: Axes, run: Run, colours: dict[str, str]) -> None:
     """Draw a panel's curves, each phase where the one before it ended."""
     from matplotlib.ticker import MaxNLocator
 
-    ends = {phase: max((max(steps) for steps, _ in run.series[phase].values()), default=0.0) for phase in PHASES}
+    ends = {phase: run.end(phase) for phase in PHASES}
     switch = ends["offline"]
     for line in panel.lines:
         for phase, offset in (("offline", 0.0), ("online", switch)):

@@ -96,6 +96,34 @@ def test_d3rlpy(tmp_path: Path) -> None:
     assert switches(figure) == {200.0}
 
 
+@pytest.mark.parametrize("counts_on", [True, False])
+def test_several_folders_of_a_phase(tmp_path: Path, counts_on: bool) -> None:
+    """Each fit of d3rlpy's counts from 0: its steps come after those of the one before. Those that count on stay."""
+    for number, (folder, names) in enumerate(
+        [
+            ("first", ["q_data", "q_policy"]),
+            ("second", ["q_data"]),
+            ("third", ["q_data", "rollout_return"]),
+            ("fourth", ["q_data", "rollout_return"]),
+        ]
+    ):
+        (tmp_path / folder).mkdir()
+        start = 200 * (number % 2) if counts_on else 0
+        text = f"1,{start + 100},{number}.25\n2,{start + 200},{number}.5\n"
+        for name in names:
+            (tmp_path / folder / f"{name}.csv").write_text(text, encoding="utf-8")
+    figure = plot_run(*(tmp_path / folder for folder in ("first", "second", "third", "fourth")))
+    assert curves(figure) == {
+        "return of an episode": [([500.0, 600.0, 700.0, 800.0], [2.25, 2.5, 3.25, 3.5])],
+        "Q, in units of the reward": [
+            ([100.0, 200.0, 300.0, 400.0], [0.25, 0.5, 1.25, 1.5]),
+            ([500.0, 600.0, 700.0, 800.0], [2.25, 2.5, 3.25, 3.5]),
+            ([100.0, 200.0], [0.25, 0.5]),
+        ],
+    }
+    assert switches(figure) == {400.0}
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_files_and_themes(tmp_path: Path, suffix: str) -> None:
     run = write(tmp_path / "run", *OFFLINE)

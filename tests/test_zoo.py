@@ -94,6 +94,29 @@ def test_trains_offline_then_online_then_goes_on(algo: str, log: str, monkeypatc
     assert rl_zoo3.ALGOS[algo].load(more / "Pendulum-v1.zip")._n_offline_steps == 47
 
 
+@pytest.mark.parametrize(("calls", "expected"), [(None, [-20, 0, 20, 40]), (33, [-13, 7, 27])])
+def test_evaluations_of_a_run_that_goes_on(
+    calls: int | None, expected: list[int], log: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient steps are counted on; a callback may end the phase before they are done."""
+
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls != calls
+
+    first = train(monkeypatch, "--dataset", log, "--offline-steps", "40", "-n", "20")
+    assert np.load(first / "evaluations.npz")["timesteps"].tolist() == [-20, 0, 20]
+    create_callbacks = OfflineExperimentManager.create_callbacks
+    monkeypatch.setattr(
+        OfflineExperimentManager,
+        "create_callbacks",
+        lambda self: (create_callbacks(self), self.callbacks.append(Stop()))[0],
+    )
+    resume = ["--offline-steps", "40", "-n", "40", "-i", str(first / "Pendulum-v1.zip")]
+    folder = train(monkeypatch, "--dataset", log, *resume)
+    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == expected
+
+
 def test_offline_alone_and_enjoy_and_plot(log: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     folder = train(monkeypatch, "--dataset", log, "--offline-steps", "40", "-n", "0")
     assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [20, 40]

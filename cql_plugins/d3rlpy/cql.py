@@ -77,6 +77,10 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
         _check_shared_fields(self)
         if not (math.isfinite(self.conservative_weight) and self.conservative_weight >= 0.0):
             raise ValueError(f"conservative_weight must be a number >= 0; got {self.conservative_weight}.")
+        for name in ("initial_alpha", "initial_temperature"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{name} must be a number > 0, since its logarithm is kept; got {value}.")
         if not (isinstance(self.n_action_samples, int) and self.n_action_samples >= 1):
             raise ValueError(f"n_action_samples must be an integer >= 1; got {self.n_action_samples!r}.")
         if self.cql_variant not in losses.CQL_VARIANTS:

@@ -150,7 +150,7 @@ class _Recorder(gym.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         observation, info = self.env.reset(**kwargs)
-        self.starts.append(observation)
+        self.starts.append(_copy(observation))
         self.rewards.append([])
         self.truncated.append(False)
         return observation, info
@@ -162,6 +162,13 @@ class _Recorder(gym.Wrapper[Any, Any, Any, Any]):
         self.rewards[-1].append(float(reward))
         self.truncated[-1] = bool(truncated and not terminated)
         return observation, reward, terminated, truncated, info
+
+
+def _copy(observation: Any) -> Any:
+    """A copy, since an environment may hand out its own array and change it at the next step."""
+    if isinstance(observation, (tuple, list)):
+        return [np.array(part) for part in observation]
+    return np.array(observation)
 
 
 def _stack(observations: list[Any]) -> Any:

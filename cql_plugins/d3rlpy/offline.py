@@ -20,7 +20,6 @@ from d3rlpy.base import LearnableConfig
 from d3rlpy.constants import IMPL_NOT_INITIALIZED_ERROR, ActionSpace
 from d3rlpy.dataset import (
     FrameStackTransitionPicker,
-    LastFrameWriterPreprocess,
     MixedReplayBuffer,
     ReplayBufferBase,
     SparseRewardTransitionPicker,
@@ -35,7 +34,12 @@ from cql_plugins._guards import SickListener, bad_cells
 from cql_plugins.d3rlpy.batches import ReturnsSettings, ReturnsToGoMiniBatch, TailValues
 from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer
 from cql_plugins.d3rlpy.export import example_inputs, export_onnx
-from cql_plugins.d3rlpy.online import OfflineOnlineReplayBuffer, ReturnsToGoReplayBuffer, with_returns_to_go
+from cql_plugins.d3rlpy.online import (
+    NewestFrameWriterPreprocess,
+    OfflineOnlineReplayBuffer,
+    ReturnsToGoReplayBuffer,
+    with_returns_to_go,
+)
 from cql_plugins.d3rlpy.runs import ResumePoint, Run, following, states_before_reset
 
 if TYPE_CHECKING:
@@ -148,7 +152,15 @@ class OfflineToOnlineMixin(_AlgoBase):
 
         Args:
             dataset: A d3rlpy buffer, for example from :func:`cql_plugins.adapters.to_d3rlpy`; ``None`` for none.
+
+        Raises:
+            TypeError: If it is no buffer.
         """
+        if dataset is not None and not isinstance(dataset, ReplayBufferBase):
+            raise TypeError(
+                f"dataset must be a buffer of d3rlpy's; got {type(dataset).__name__}. Pass "
+                "cql_plugins.adapters.to_d3rlpy(dataset) for an OfflineDataset."
+            )
         if dataset is not None and self._needs_returns:
             dataset = with_returns_to_go(dataset)
         self._offline_data = dataset
@@ -209,13 +221,17 @@ class OfflineToOnlineMixin(_AlgoBase):
             offline = offline.offline  # The data of an earlier mix, whose online part is its own.
         picker = None if offline is None else offline.transition_picker
         picker = getattr(picker, "inner", picker)
+        preprocessor = None
+        if offline is not None and isinstance(picker, FrameStackTransitionPicker):
+            # Environments whose frames are stacked give all of them; the picker stacks those that are stored.
+            shapes = offline.dataset_info.observation_signature.shape
+            preprocessor = NewestFrameWriterPreprocess([int(shape[0]) for shape in shapes])
         online = create_fifo_replay_buffer(
             _ONLINE_CAPACITY,
             env=env,
             transition_picker=picker,
             trajectory_slicer=None if offline is None else offline.trajectory_slicer,
-            # Environments whose frames are stacked give all of them; the picker stacks those that are stored.
-            writer_preprocessor=LastFrameWriterPreprocess() if isinstance(picker, FrameStackTransitionPicker) else None,
+            writer_preprocessor=preprocessor,
         )
         if offline is None:
             return with_returns_to_go(online)

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, Literal, NoReturn, Protocol
 
 import numpy as np
 from d3rlpy.dataset import (
+    BasicWriterPreprocess,
     BufferProtocol,
     DatasetInfo,
     Episode,
@@ -104,6 +105,27 @@ def real_rewards(episode: EpisodeBase) -> NDArray:
 def _row(observation: Observation) -> Any:
     """A batch of one."""
     return map_leaves(lambda leaf: np.asarray(leaf)[None], observation)
+
+
+class NewestFrameWriterPreprocess(BasicWriterPreprocess):
+    """Stores the newest frame of a stack, as d3rlpy's ``LastFrameWriterPreprocess`` does where a frame has one channel.
+
+    Args:
+        n_channels: Channels of one frame, for each array of an observation.
+    """
+
+    def __init__(self, n_channels: Sequence[int]) -> None:
+        self._n_channels = tuple(n_channels)
+
+    def process_observation(self, observation: Observation) -> Observation:
+        """Take the newest frame.
+
+        Args:
+            observation: Stacked frames, the newest last.
+        """
+        if isinstance(observation, np.ndarray):
+            return observation[-self._n_channels[0] :]
+        return [leaf[-n:] for leaf, n in zip(observation, self._n_channels, strict=True)]
 
 
 class ReturnsToGoReplayBuffer(ReplayBufferBase):

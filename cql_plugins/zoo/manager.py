@@ -93,9 +93,11 @@ class OfflineExperimentManager(ExperimentManager):
                 model.learn_offline(self.dataset, self.offline_steps, self.callbacks or None, log_interval=interval)
             except KeyboardInterrupt:  # As the Zoo has it: the model is saved as it is.
                 return
+            # A model that went on counted from where it was, and a callback may have ended the phase early.
+            switch = model._n_offline_steps
             for callback in self.callbacks:
                 if isinstance(callback, EvalCallback) and self.n_timesteps:
-                    callback.evaluations_timesteps = [step - self.offline_steps for step in callback.evaluations_timesteps]
+                    callback.evaluations_timesteps = [step - switch for step in callback.evaluations_timesteps]
         super().learn(model)
 
     def hyperparameters_optimization(self) -> None:

@@ -96,6 +96,17 @@ class TestWithoutTimeouts:
         assert [episode.observations[:, 0].tolist() for episode in dataset] == [[0, 1, 2], [3, 3], [4, 5, 6], [7, 8, 9]]
         assert dataset.terminations.tolist() == [False, False, True, False, False, False, False]
 
+    @pytest.mark.parametrize("limit", [3, 10])
+    def test_time_limit_given_beside_timeouts(self, limit: int) -> None:
+        """They come first, filled in or not: what is then not done is said."""
+        values = np.arange(11, dtype=np.float32)
+        fields = {"observations": values[:, None], "actions": 0 * values[:, None], "rewards": values, "terminals": values < 0}
+        with pytest.warns(UserWarning, match="1 transition") as caught:
+            dataset = from_d4rl(fields | {"timeouts": values < 0}, max_episode_steps=limit)
+        assert dataset.episode_lengths.tolist() == [10]
+        said = "max_episode_steps=3 did not end an episode of 10 steps, since timeouts are given"
+        assert (said in str(caught[0].message)) == (limit == 3)
+
     def test_time_limit_known(self) -> None:
         values = np.zeros((2000, 1), np.float32)
         fields = {"observations": values, "actions": values, "rewards": values[:, 0], "terminals": values[:, 0]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -19,10 +20,14 @@ from cql_plugins.sb3 import CQL, CalQL
 pytest.importorskip("cql_plugins.d3rlpy", exc_type=ImportError)
 
 import d3rlpy
+from d3rlpy.optimizers import AdamFactory as Adam
+from d3rlpy.optimizers import AdamWFactory as AdamW
+from d3rlpy.optimizers.lr_schedulers import CosineAnnealingLRFactory
 
 from cql_plugins.adapters import ModelError, from_arrays, to_d3rlpy_model, to_sb3_model
 from cql_plugins.d3rlpy import CalQLConfig, CQLConfig, DiscreteCQLConfig
 
+COSINE = CosineAnnealingLRFactory(T_max=10)
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([2.0, 0.5], np.float32)
 
 
@@ -213,6 +218,46 @@ class TestToSB3:
         assert model.mode_q_backup is expected
         assert to_d3rlpy_model(model).config.mode_q_backup is expected
 
+    def test_precision(self) -> None:
+        """Ours have it on both sides; d3rlpy's own algorithms compute in single precision."""
+        model: Any = to_sb3_model(built(CalQLConfig, precision="bf16"), Small(), device="cpu")
+        assert model.precision == "bf16"
+        assert to_d3rlpy_model(model).config.precision == "bf16"  # type: ignore[attr-defined]
+        assert to_sb3_model(built(CalQLConfig, precision="bf16"), Small(), device="cpu", precision="f32").precision == "f32"  # type: ignore[attr-defined]
+        single: Any = to_sb3_model(built(d3rlpy.algos.CalQLConfig), Small(), device="cpu")
+        assert single.precision == to_d3rlpy_model(single).config.precision == "f32"  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("config", [CQLConfig, d3rlpy.algos.CQLConfig, d3rlpy.algos.SACConfig])
+    @pytest.mark.parametrize(
+        ("factories", "lost"),
+        [
+            ({"critic_optim_factory": AdamW(weight_decay=0.1)}, r"^critic_optim_factory=AdamWFactory\(weight_decay=0.1\): not"),
+            (
+                {"actor_optim_factory": Adam(clip_grad_norm=1.0), "critic_optim_factory": Adam(betas=(0.5, 0.9))},
+                r"actor_optim_factory=AdamFactory\(clip_grad_norm=1.0\); critic_optim_factory=AdamFactory\(betas=\(0.5, 0.9",
+            ),
+            ({"temp_optim_factory": Adam(lr_scheduler_factory=COSINE)}, "temp_optim_factory=AdamFactory.lr_scheduler_factory="),
+        ],
+    )
+    def test_optimizers_are_said(self, config: Any, factories: dict[str, Any], lost: str) -> None:
+        with pytest.warns(UserWarning, match=lost) as said:
+            to_sb3_model(built(config, **factories), Small(), device="cpu")
+        assert len(said) == 1
+        assert said[0].filename == __file__
+
+    def test_optimizers_that_need_not_be_said(self, tmp_path: Path) -> None:
+        algo = built(CQLConfig, alpha_learning_rate=0.0, alpha_optim_factory=AdamW(weight_decay=0.1))
+        to_sb3_model(algo, Small(), device="cpu")  # never used
+        decaying = built(CQLConfig, critic_optim_factory=AdamW(weight_decay=0.1))
+        own: dict[str, Any] = {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.1}}
+        model = to_sb3_model(decaying, Small(), device="cpu", policy_kwargs=own)
+        assert model.critic.optimizer.param_groups[0]["weight_decay"] == 0.1
+        built(CQLConfig).save(str(tmp_path / "algo.d3"))
+        to_sb3_model(d3rlpy.load_learnable(str(tmp_path / "algo.d3")), Small(), device="cpu")  # type: ignore[arg-type]
+        clipped = built(CQLConfig, critic_optim_factory=AdamW(clip_grad_norm=1.0, weight_decay=0.1))
+        with pytest.warns(UserWarning, match=r"AdamWFactory\(clip_grad_norm=1.0\)"):
+            to_sb3_model(clipped, Small(), device="cpu", policy_kwargs=own)
+
     def test_goes_on_online_with_four_environments(self) -> None:
         algo = built(CalQLConfig, observation_scaler=STANDARD, n_action_samples=2, batch_size=16)
         env = make_vec_env(Small, n_envs=4)
@@ -240,6 +285,20 @@ class TestToSB3:
         model = CQL("MlpPolicy", Small(), device="cpu", learning_starts=1000)
         model.learn(8)
         assert not np.allclose(model.replay_buffer.actions[:8, 0], np.tanh(2.0), atol=1e-1)
+
+
+LOST: list[tuple[dict[str, Any], str]] = [
+    ({"n_steps": 3, "gamma": 0.9}, r"n_steps=3 .*MultiStepTransitionPicker\(3, 0.9\)"),
+    ({"learning_rate": lambda left: 1e-3 * left}, "^learning_rate: a schedule"),
+    ({"target_update_interval": 2}, "target_update_interval=2"),
+    ({"policy_kwargs": {"optimizer_class": th.optim.AdamW}}, r"AdamW\(\)"),
+    ({"policy_kwargs": {"optimizer_kwargs": {"eps": 1e-3, "weight_decay": 0.1}}}, r"Adam\(eps=0.001, weight_decay=0.1\)"),
+]
+LOST_OF_OURS: list[tuple[dict[str, Any], str]] = [
+    ({"bc_steps": 7}, "bc_steps=7 .*the 5 gradient steps"),
+    ({"actor_learning_rate": lambda left: 1e-3 * left}, "^actor_learning_rate: a schedule"),
+    ({"cql_alpha_online": 0.0}, "cql_alpha_online=0.0"),
+]
 
 
 class TestToD3rlpy:
@@ -292,6 +351,32 @@ class TestToD3rlpy:
         algo: Any = to_d3rlpy_model(CQL("MlpPolicy", Small(), device="cpu", ent_coef=0.2))
         assert algo.config.temp_learning_rate == 0.0
         assert algo.config.initial_temperature == pytest.approx(0.2)
+
+    @pytest.mark.parametrize(
+        ("kind", "options", "lost"), [(SAC, *case) for case in LOST] + [(CQL, *case) for case in LOST + LOST_OF_OURS]
+    )
+    def test_what_is_lost_is_said(self, kind: Any, options: dict[str, Any], lost: str) -> None:
+        model = kind("MlpPolicy", Small(), device="cpu", **options)
+        model._n_updates = 2
+        with pytest.warns(UserWarning, match=lost) as said:
+            to_d3rlpy_model(model)
+        assert len(said) == 1
+        assert said[0].filename == __file__
+
+    def test_what_need_not_be_said(self) -> None:
+        """Cloning that is over, a schedule that is a number, an optimiser that only runs otherwise, and an answer."""
+        options: dict[str, Any] = {
+            "bc_steps": 7,
+            "learning_rate": lambda left: 1e-3,
+            "policy_kwargs": {"optimizer_kwargs": {"eps": 1e-8, "foreach": False}},
+        }
+        model = CQL("MlpPolicy", Small(), device="cpu", **options)
+        model._n_updates = 7
+        assert to_d3rlpy_model(model).config.critic_learning_rate == 1e-3  # type: ignore[attr-defined]
+        decaying = CQL("MlpPolicy", Small(), device="cpu", policy_kwargs={"optimizer_kwargs": {"weight_decay": 0.1}})
+        algo: Any = to_d3rlpy_model(decaying, critic_optim_factory=Adam(weight_decay=0.1), batch_size=32)
+        assert algo.impl.modules.critic_optim.optim.param_groups[0]["weight_decay"] == 0.1
+        assert algo.config.batch_size == 32
 
     def test_clipping_is_said(self) -> None:
         env = VecNormalize(DummyVecEnv([Small]), norm_reward=False)

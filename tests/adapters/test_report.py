@@ -50,7 +50,7 @@ def test_discrete_actions_and_images(arguments: dict[str, Any]) -> None:
     assert summary.share_actions_at_bounds is None
     assert summary.constant_columns == ("observations.image: 3 of 12 entries", "observations.room")
     assert "Dict(image: Box(0 .. 255, (2, 2, 3), uint8), room: Discrete(3))" in str(summary)
-    assert "0: 1, 1: 2, 2: 2, 3: 0" in str(summary)
+    assert "3: 1, 4: 2, 5: 2, 6: 0" in str(summary)
 
 
 def test_saturation_by_dimension() -> None:

@@ -267,6 +267,26 @@ class TestFit:
         changes = {"actions": np.zeros(5, int), "action_space": spaces.Discrete(3)}
         self._refused(OfflineDataset(**arguments | changes), "integers differ", action_space=spaces.Discrete(4))
 
+    @pytest.mark.parametrize("field", ["action_space", "observation_space", "key"])
+    def test_integers_that_do_not_start_at_0(self, arguments: dict[str, Any], field: str) -> None:
+        """SB3's networks have a column for each of 0 to n - 1."""
+        for start in (5, 0):
+            numbers, space = start + np.arange(7) % 3, spaces.Discrete(3, start=start)
+            changes: dict[str, Any] = {"observations": numbers, "observation_space": space}
+            if field == "action_space":
+                changes = {"actions": numbers[:5], "action_space": space}
+            elif field == "key":
+                changes = {"observations": {"a": {"b": numbers}}, "observation_space": spaces.Dict(a=spaces.Dict(b=space))}
+            dataset = OfflineDataset(**arguments | changes)
+            env = env_of(dataset.flatten_observations())
+            if start == 0:
+                assert to_sb3(dataset, env).full
+                continue
+            with pytest.raises(DatasetError, match="from 0 on, these start at 5") as caught:
+                to_sb3(dataset, env)
+            assert caught.value.field == (field if field != "key" else "observation_space")
+            assert ("at key 'a/b', " in str(caught.value)) == (field == "key")
+
     def test_dict_keys_and_leaves(self, arguments: dict[str, Any]) -> None:
         space = spaces.Dict({"a": arguments["observation_space"]})
         dataset = OfflineDataset(**arguments | {"observations": {"a": arguments["observations"]}, "observation_space": space})

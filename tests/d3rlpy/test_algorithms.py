@@ -345,6 +345,9 @@ class TestConfigs:
         ("config", "options", "message"),
         [
             (CQLConfig, {"conservative_weight": -1.0}, "conservative_weight must be a number >= 0; got -1.0"),
+            (CQLConfig, {"initial_alpha": 0.0}, "initial_alpha must be a number > 0, .*; got 0.0"),
+            (CalQLConfig, {"initial_alpha": -1.0}, "initial_alpha must be a number > 0, .*; got -1.0"),
+            (CalQLConfig, {"initial_temperature": 0}, "initial_temperature must be a number > 0, .*; got 0"),
             (CQLConfig, {"n_action_samples": 0}, "n_action_samples must be an integer >= 1; got 0"),
             (CQLConfig, {"cql_variant": "h"}, "cql_variant must be one of"),
             (CQLConfig, {"cql_temperature": 0.0}, "cql_temperature must be a number > 0; got 0.0"),

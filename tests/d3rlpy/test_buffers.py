@@ -264,6 +264,45 @@ class TestKindsOfData:
         assert buffer.dataset_info.observation_signature.shape[0] == (3, 5, 6)
         np.testing.assert_array_equal(buffer.sample_transition().observation, image[0].transpose(2, 0, 1))
 
+    @staticmethod
+    def of_observations(observations: np.ndarray, high: float) -> OfflineDataset:
+        """One episode of three steps, truncated, in one of two actions."""
+        return OfflineDataset(
+            observations,
+            np.array([0, 1, 0]),
+            np.ones(3),
+            np.zeros(3, bool),
+            np.array([False, False, True]),
+            observation_space=spaces.Box(0, high, observations.shape[1:], observations.dtype.type),
+            action_space=spaces.Discrete(2),
+        )
+
+    def test_grey_images_get_a_channel(self) -> None:
+        """Without one d3rlpy stacks along the height, and has no encoder."""
+        frames = np.arange(1, 5, dtype=np.uint8)[:, None, None] * np.ones((1, 5, 6), np.uint8)
+        data = self.of_observations(frames, 255)
+        plain = to_d3rlpy(data)
+        assert plain.dataset_info.observation_signature.shape[0] == (1, 5, 6)
+        assert np.shares_memory(plain.episodes[0].all_observations, data.observations)
+        stacks = to_d3rlpy(data, transition_picker=FrameStackTransitionPicker(n_frames=2))
+        picked = stacks.transition(2)
+        assert picked.observation.shape == (2, 5, 6)
+        assert picked.observation[:, 0, 0].tolist() == [2, 3]
+        assert picked.next_observation[:, 0, 0].tolist() == [3, 4]
+        back = from_d3rlpy(plain)
+        np.testing.assert_array_equal(back.observations, frames[:, None])
+        assert back.observation_space.shape == (1, 5, 6)
+        assert back.observation_space.dtype == np.uint8
+        with_channel = to_d3rlpy(self.of_observations(frames[:, None], 255))
+        np.testing.assert_array_equal(with_channel.episodes[0].all_observations, plain.episodes[0].all_observations)
+
+    @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 5, 6)])
+    def test_shapes_without_an_encoder(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(DatasetError, match=r"got observations of shape \(.*Flatten them, or reshape them"):
+            to_d3rlpy(self.of_observations(np.ones((4, *shape), np.float32), 1.0))
+        flat = to_d3rlpy(self.of_observations(np.ones((4, *shape), np.float32).reshape(4, -1), 1.0))
+        assert flat.transition(0).observation.shape == (int(np.prod(shape)),)
+
     def test_names_are_not_numbers(self) -> None:
         data = OfflineDataset(
             np.array([0, 1]),

@@ -26,6 +26,7 @@ from cql_plugins.d3rlpy import (
     gap_expansion,
     value_bias,
 )
+from cql_plugins.d3rlpy.evaluators import _Recorder
 
 GAMMA = 0.5
 
@@ -159,6 +160,43 @@ def test_actions_are_tried_in_their_own_state() -> None:
     found = gap_expansion(algo, data, n_states=200)
     assert found.delta == pytest.approx(0.0, abs=1e-5)
     assert found.gap == pytest.approx(0.0, abs=1e-5)
+
+
+class InPlace(Payments):
+    """Hands out its own state, which the next step changes; the twin hands out copies."""
+
+    def __init__(self, copies: bool, parts: bool = False) -> None:
+        super().__init__()
+        self.state, self.copies, self.parts = np.zeros(2, np.float32), copies, parts
+
+    def observe(self) -> Any:
+        seen = self.state.copy() if self.copies else self.state
+        return (seen, seen[:1]) if self.parts else seen
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.state[:] = 0.25
+        return self.observe(), {}
+
+    def step(self, action: Any) -> Any:
+        _, *rest = super().step(action)
+        self.state[:] = 0.75
+        return self.observe(), *rest
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_the_first_observation_is_kept_as_it_was(copies: bool) -> None:
+    algo = linear(False, 1.0)
+    for critic in algo.impl.q_function:
+        first = next(module for module in critic.modules() if isinstance(module, th.nn.Linear) and module.in_features == 3)
+        with th.no_grad():
+            first.weight[0] = th.tensor([4.0, 0.0, 0.0])
+    # Q = 1 + relu(4 s + 2) in the first state, where s is 0.25; later it is 0.75.
+    assert value_bias(algo, InPlace(copies), 2).predicted == pytest.approx(4.0)
+    recorder = _Recorder(InPlace(copies, parts=True))
+    recorder.reset()
+    recorder.step(np.zeros(1))
+    assert [part.tolist() for part in recorder.starts[0]] == [[0.25, 0.25], [0.25]]
 
 
 def test_in_fit_and_nothing_else_changes() -> None:

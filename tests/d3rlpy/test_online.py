@@ -18,6 +18,7 @@ from cql_plugins.d3rlpy import (
     CalQLConfig,
     CQLConfig,
     DiscreteCalQLConfig,
+    DiscreteCQLConfig,
     OfflineOnlineReplayBuffer,
     ReturnsToGoReplayBuffer,
 )
@@ -329,6 +330,16 @@ class TestOptions:
             algo = small(CalQLConfig)
             (_, metrics), *_ = algo.fit(to_d3rlpy(data), n_steps=1, n_steps_per_epoch=1, **QUIET)
             assert metrics["bound_rate"] == rate
+
+
+@pytest.mark.parametrize("config", [CQLConfig, CalQLConfig, DiscreteCQLConfig, DiscreteCalQLConfig])
+def test_a_dataset_is_not_a_buffer(config: Any) -> None:
+    data = from_d3rlpy(offline(5))
+    with pytest.raises(TypeError, match=r"dataset must be a buffer .* got OfflineDataset. Pass cql_plugins.adapters.to_d3rlpy"):
+        small(config).fit(data, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    with pytest.raises(TypeError, match="got OfflineDataset"):
+        small(config).set_offline_data(data)
+    small(config).set_offline_data(None)
 
 
 def _columns(algo: Any, buffer: Any) -> tuple[list[float], list[float]]:

@@ -36,6 +36,7 @@ from cql_plugins.d3rlpy import (
 )
 from cql_plugins.d3rlpy.batches import ReturnsSettings, TailValues
 from cql_plugins.d3rlpy.episodes import CompleteEpisode, CompleteTransitionPicker
+from cql_plugins.d3rlpy.online import NewestFrameWriterPreprocess
 from tests.d3rlpy.test_online import HALF, QUIET, Scripted, literal_pairs, offline, small
 
 INFINITY = float("inf")
@@ -135,18 +136,23 @@ class TestInterrupted:
 
 
 class Pixels(gym.Env[Any, Any]):
-    """Two stacked frames of one value each, 4 x 4; every second episode has one step and terminates."""
+    """Two stacked frames of one value each, 4 x 4; every second episode has one step and terminates.
 
-    observation_space = spaces.Box(0, 255, (2, 4, 4), np.uint8)
+    The second channel of a frame is 100 above the first, the third 200; before the first frame is black.
+    """
+
     action_space = spaces.Discrete(2)
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1) -> None:
+        self.observation_space = spaces.Box(0, 255, (2 * channels, 4, 4), np.uint8)
+        self.channels = 100 * np.arange(channels)
         self.episode, self.count, self.frames = -1, 0, [0, 0]
 
     def _observe(self) -> np.ndarray:
         self.count += 1
         self.frames = [self.frames[1], self.count]
-        return np.ones((2, 4, 4), np.uint8) * np.array(self.frames, np.uint8)[:, None, None]
+        values = np.concatenate([frame + self.channels * (frame > 0) for frame in self.frames])
+        return np.ones((len(values), 4, 4), np.uint8) * values.astype(np.uint8)[:, None, None]
 
     def reset(self, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:  # type: ignore[override]
         self.episode, self.steps, self.frames = self.episode + 1, 0, [0, 0]
@@ -158,15 +164,15 @@ class Pixels(gym.Env[Any, Any]):
         return self._observe(), 1.0, short, not short and self.steps == 3, {}
 
 
-def pixel_log() -> OfflineDataset:
+def pixel_log(channels: int = 1) -> OfflineDataset:
     """Single frames: an episode of three steps, truncated."""
     return OfflineDataset(
-        np.arange(200, 204, dtype=np.uint8).reshape(4, 1, 1, 1) * np.ones((1, 1, 4, 4), np.uint8),
+        np.arange(200, 204, dtype=np.uint8).reshape(4, 1, 1, 1) * np.ones((1, channels, 4, 4), np.uint8),
         np.array([0, 1, 0]),
         np.ones(3, np.float32),
         np.zeros(3, bool),
         np.array([False, False, True]),
-        observation_space=spaces.Box(0, 255, (1, 4, 4), np.uint8),
+        observation_space=spaces.Box(0, 255, (channels, 4, 4), np.uint8),
         action_space=spaces.Discrete(2),
     )
 
@@ -180,21 +186,43 @@ class TestStackedFrames:
         rows = zip(batch.observations[:, :, 0, 0], batch.next_observations[:, :, 0, 0], strict=True)
         return {(tuple(map(int, o)), tuple(map(int, n))) for o, n in rows}
 
-    @pytest.mark.parametrize("config", [DiscreteCQLConfig, DiscreteCalQLConfig])
-    def test_offline_then_online(self, config: Any) -> None:
+    def online_pairs(self, config: Any, channels: int) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """What is sampled of the online part after eight steps in the environment."""
         algo = small(config, encoder_factory=PIXEL_ENCODER, observation_scaler=d3rlpy.preprocessing.PixelObservationScaler())
-        algo.fit(
-            to_d3rlpy(pixel_log(), transition_picker=FrameStackTransitionPicker(2)), n_steps=1, n_steps_per_epoch=1, **QUIET
-        )
-        env, kept = Pixels(), []
+        log = to_d3rlpy(pixel_log(channels), transition_picker=FrameStackTransitionPicker(2))
+        algo.fit(log, n_steps=1, n_steps_per_epoch=1, **QUIET)
+        env, kept = Pixels(channels), []
         online_buffer = algo._online_buffer
         algo._online_buffer = lambda *args, **kwargs: kept.append(online_buffer(*args, **kwargs)) or kept[-1]
         algo.fit_online(env, n_steps=8, n_steps_per_epoch=8, **QUIET)
+        mixed = kept[0].sample_transition_batch(4).observations
+        assert mixed.shape[1:] == env.observation_space.shape, "logged and collected stacks are of one shape"
+        return self.pairs(kept[0].online)
+
+    @pytest.mark.parametrize("config", [DiscreteCQLConfig, DiscreteCalQLConfig])
+    def test_offline_then_online(self, config: Any) -> None:
         # Three steps, truncated; one step; three; one. Observations are counted over all.
-        assert self.pairs(kept[0].online) == {
+        assert self.online_pairs(config, channels=1) == {
             ((0, 1), (1, 2)), ((1, 2), (2, 3)), ((2, 3), (3, 4)), ((0, 5), (5, 6)),
             ((0, 7), (7, 8)), ((7, 8), (8, 9)), ((8, 9), (9, 10)), ((0, 11), (11, 12)),
         }  # fmt: skip
+
+    @pytest.mark.parametrize("config", [DiscreteCQLConfig, DiscreteCalQLConfig])
+    def test_frames_in_colour(self, config: Any) -> None:
+        """A frame has two channels: d3rlpy's own preprocessor keeps the last one alone."""
+        assert self.online_pairs(config, channels=2) == {
+            ((0, 0, 1, 101), (1, 101, 2, 102)), ((1, 101, 2, 102), (2, 102, 3, 103)), ((2, 102, 3, 103), (3, 103, 4, 104)),
+            ((0, 0, 5, 105), (5, 105, 6, 106)), ((0, 0, 7, 107), (7, 107, 8, 108)), ((7, 107, 8, 108), (8, 108, 9, 109)),
+            ((8, 108, 9, 109), (9, 109, 10, 110)), ((0, 0, 11, 111), (11, 111, 12, 112)),
+        }  # fmt: skip
+
+    def test_the_newest_frame_of_each_array(self) -> None:
+        stack = np.arange(6).reshape(6, 1, 1)
+        picture, vector = NewestFrameWriterPreprocess([3, 2]).process_observation([stack, np.arange(4)])
+        assert picture[:, 0, 0].tolist() == [3, 4, 5]
+        assert vector.tolist() == [2, 3]
+        grey = NewestFrameWriterPreprocess([1]).process_observation(stack)
+        assert np.array_equal(grey, LastFrameWriterPreprocess().process_observation(stack)), "with one channel as d3rlpy's"
 
     def test_values_after_truncated_ends_see_the_stack(self) -> None:
         seen: list[Any] = []
