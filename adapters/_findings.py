@@ -88,13 +88,18 @@ def _scale(dataset: "OfflineDataset", gamma: float) -> Iterator[Finding]:
     mean = float(dataset.returns_to_go(gamma).mean())
     if mean < HIGH:
         return
-    factor = 10.0 ** -max(1, math.ceil(math.log10(mean / HIGH)))
+    remedy = "Train for long"
+    if not dataset.terminations.any():
+        shift = f"{-float(dataset.rewards.max()):.6g}"
+        remedy += (
+            f", or, since no episode terminates, lower all rewards by the largest: dataset.scale_rewards(shift={shift}), "
+            f"ScaleReward(env, shift={shift}) in the environment, and return_tail='sparse' or 'bootstrap'"
+        )
     yield Finding(
         "high-returns",
-        f"the returns-to-go average {number(mean)} with gamma {number(gamma)}, and new critics start near 0: they moved by 10 "
-        "to 40 in 1,000 gradient steps on the sets that were tried. Until they are there Q is far from any return, and Cal-QL "
-        "holds up nearly all that CQL would push down (train/bound_rate near 1). Train for long, or scale rewards: "
-        f"dataset.scale_rewards({factor:g}), ScaleReward(env, {factor:g}) in the environment, and cql_alpha by as much",
+        f"the returns-to-go average {number(mean)} with gamma {number(gamma)}, and new critics start near 0: they rose by 10 "
+        "to 40 in 1,000 gradient steps on the sets that were tried. Until they are there, Cal-QL's bound holds up nearly all "
+        f"that CQL pushes down (train/bound_rate near 1), and the policy goes where SAC's would. {remedy}",
     )
 
 
