@@ -337,8 +337,9 @@ def _find_breaks(steps: Steps, ends: Flags) -> Flags:
     breaks = np.zeros(len(ends), dtype=np.bool_)
     followers = dict(named_leaves(steps.next_observations, ""))
     for name, leaf in named_leaves(steps.observations, ""):
-        # Of two widths the same number is the same only at the narrower one.
-        dtype = min(leaf.dtype, followers[name].dtype, key=lambda one: one.itemsize)
+        # Of two widths of floats the same number is the same only at the narrower one.
+        dtypes = np.dtype(leaf.dtype), np.dtype(followers[name].dtype)
+        dtype = min(dtypes, key=lambda one: one.itemsize) if dtypes[0].kind == "f" else np.result_type(*dtypes)
         for start, stop in row_blocks(len(ends) - 1, row_nbytes(leaf)):
             with np.errstate(over="ignore"):
                 ours, theirs = (
@@ -471,9 +472,10 @@ def _gather_observations(steps: Steps, layout: _Layout, allocate: Callable[[tupl
             block = source[start:stop]
             result[rows[observed]] = block if observed.all() else block[observed]
             ends = followed[start:stop]
+            given = follower[start:stop][ends]
             with np.errstate(over="ignore"):
-                last = follower[start:stop][ends].astype(source.dtype, copy=False)
-            if last.dtype.kind == "f" and not np.isfinite(last).all():
+                last = given.astype(source.dtype, copy=False)
+            if not (np.isfinite(last) if last.dtype.kind == "f" else last == given).all():
                 raise where.error(
                     f"expected values that {last.dtype} can hold, as those of observations; got larger ones", field=field
                 )

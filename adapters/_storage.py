@@ -396,6 +396,8 @@ def fingerprint(tree: Any) -> str:
         return f"Discrete({tree.n}, {tree.start})"
     if isinstance(tree, spaces.Box):
         return "Box" + fingerprint({"low": np.asarray(tree.low), "high": np.asarray(tree.high)})
+    if isinstance(tree, spaces.Space):
+        return repr(tree)  # Refused when it is read.
     digest = hashlib.sha256()
     for name, leaf in named_leaves(tree, ""):
         digest.update(f"{name} {leaf.dtype.str} {leaf.shape} ".encode() + np.ascontiguousarray(leaf).tobytes())

@@ -1,5 +1,6 @@
 """Reader and writer for d3rlpy's replay buffers."""
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,12 +104,12 @@ def _leaves(observations: Any, space: spaces.Space[Any], field: str, source: str
     if array.ndim == 3 and array.dtype == np.uint8:
         array = array[:, None]
     if array.ndim not in (2, 4):
-        raise DatasetError(
-            f"expected vectors, or images with a channel axis; got observations of shape {array.shape[1:]}, for which d3rlpy "
-            "has no encoder",
-            source=source,
-            field=field,
-            hint="Flatten them, or reshape them to (channels, height, width)",
+        warnings.warn(
+            f"{source}, field {field!r}: d3rlpy's own encoders take vectors, and images of shape (channels, height, width); "
+            f"got observations of shape {array.shape[1:]}. Flatten or reshape them, or train with an encoder factory of your "
+            "own.",
+            UserWarning,
+            stacklevel=3,
         )
     if array.ndim == 4 and array.dtype == np.uint8 and array.shape[3] < min(array.shape[1:3]):
         array = np.moveaxis(array, 3, 1)

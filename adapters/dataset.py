@@ -10,7 +10,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from cql_plugins._nested import flatten_space, flatten_tree, is_nested
-from cql_plugins.adapters._tree import Array, Observations, map_leaves, read_only
+from cql_plugins.adapters._tree import Array, Observations, map_leaves, named_leaves, read_only
 from cql_plugins.adapters._validation import (
     DatasetError,
     Flags,
@@ -196,6 +196,7 @@ class OfflineDataset:
         unflagged: Flags | None = None,
         inferred: frozenset[str] = frozenset(),
         reward_transform: tuple[float, float] | None = (1.0, 0.0),
+        looks_up: bool = True,
     ) -> None:
         # One order of keys everywhere, that of the space, so that leaves can be walked side by side.
         if isinstance(observation_space, spaces.Dict):
@@ -212,7 +213,9 @@ class OfflineDataset:
         self._action_space = action_space
         self._name = name
         self._env_id = env_id
-        self._references = references or reference_scores(name) or reference_scores(env_id)
+        self._looks_up = looks_up  # Not where parts with others were joined: the table's would be one more.
+        known = (reference_scores(name) or reference_scores(env_id)) if looks_up else None
+        self._references = references or known
         n_episodes = len(self._offsets) - 1
         self._unflagged = read_only(np.zeros(n_episodes, dtype=np.bool_) if unflagged is None else unflagged)
         self._inferred = inferred
@@ -399,6 +402,7 @@ class OfflineDataset:
             "unflagged": self._unflagged,
             "inferred": self._inferred,
             "reward_transform": self._reward_transform,
+            "looks_up": self._looks_up,
         }
 
     def _replaced(self, **changes: Any) -> "OfflineDataset":
@@ -443,10 +447,10 @@ class OfflineDataset:
             raise DatasetError("expected at least one data set to concatenate, got none")
         where = Where("concatenate")
         for field in ("_observations", "_actions"):
-            layouts = {str(map_leaves(lambda leaf: leaf.dtype, getattr(d, field))) for d in parts}
+            layouts = {_of_leaves(lambda leaf: leaf.dtype, getattr(d, field)) for d in parts}
             if len(layouts) > 1:
                 raise where.error(f"expected one dtype, got {sorted(layouts)}", field=field.strip("_"))
-        stacked = {str(map_leaves(_stacking, d._observations)) for d in parts}
+        stacked = {_of_leaves(_stacking, d._observations) for d in parts}
         if len(stacked) > 1:
             raise where.error(
                 f"expected frames that are stacked in one way, got {sorted(stacked)}",
@@ -476,6 +480,7 @@ class OfflineDataset:
             name=common("_name"),
             env_id=common("_env_id"),
             references=common("_references"),
+            looks_up=len({d._references for d in parts}) == 1,
             inferred=frozenset.intersection(*(d._inferred for d in parts)),
             reward_transform=common("_reward_transform"),
         )
@@ -633,14 +638,18 @@ class OfflineDataset:
             A data set that shares everything but the rewards. `normalized_score()` still scores the original rewards.
 
         Raises:
-            ValueError: If scale or shift is not finite, or the scale is zero.
+            ValueError: If scale or shift is not finite, the scale is zero, or a reward becomes too large for its type.
         """
         if not (np.isfinite(scale) and np.isfinite(shift)) or scale == 0:
             raise ValueError(f"expected a finite, non-zero scale and a finite shift, got {scale} and {shift}")
         transform = self._reward_transform
         if transform is not None:
             transform = (transform[0] * scale, transform[1] * scale + shift)
-        return self._replaced(rewards=self._rewards * float(scale) + float(shift), reward_transform=transform)
+        with np.errstate(over="ignore", invalid="ignore"):
+            rewards = self._rewards * float(scale) + float(shift)
+        if not np.isfinite(rewards).all():
+            raise ValueError(f"scale={scale} and shift={shift} make rewards too large for {rewards.dtype}")
+        return self._replaced(rewards=rewards, reward_transform=transform)
 
     def returns_to_go(
         self,
@@ -734,6 +743,11 @@ class OfflineDataset:
 
 def _rebuild(parts: dict[str, Any]) -> OfflineDataset:
     return OfflineDataset._trusted(**parts)
+
+
+def _of_leaves(describe: Callable[[Any], Any], tree: Any) -> str:
+    """Describe each leaf, whatever the order of the keys."""
+    return "; ".join(sorted(f"{name}: {describe(leaf)}".lstrip(".: ") for name, leaf in named_leaves(tree, "")))
 
 
 def _in_space_order(observations: Any, space: spaces.Space[Any]) -> Observations:

@@ -279,6 +279,20 @@ def stacked_space(space: spaces.Box, k: int) -> spaces.Box:
     return spaces.Box(np.concatenate([low] * k, axis=axis), np.concatenate([high] * k, axis=axis), dtype=dtype)
 
 
+def _stacks_first(leaf: Array, k: int, field: str, where: Where) -> bool:
+    """Find whether the first or the last axis of stacks is the channels': the shortest of a frame, not of the stack."""
+    shape = leaf.shape[1:]
+    fitting = []
+    for is_first in (True, False):
+        axis = 0 if is_first else len(shape) - 1
+        frame = [size // k if place == axis else size for place, size in enumerate(shape)]
+        if shape[axis] % k == 0 and has_channels_first(tuple(frame)) == is_first:
+            fitting.append(is_first)
+    if not fitting:
+        raise where.error(f"expected a multiple of {k} channels, got shape {shape}", field=field)
+    return has_channels_first(shape) if len(fitting) == 2 else fitting[0]
+
+
 def unstack(leaf: Array, starts: npt.NDArray[np.int64], k: int, field: str, where: Where) -> StackedFrames:
     """Keep each frame of stacks once, after checking that each stack continues the one before.
 
@@ -292,12 +306,9 @@ def unstack(leaf: Array, starts: npt.NDArray[np.int64], k: int, field: str, wher
     Raises:
         DatasetError: If `k` does not divide the channels, or a stack is not the one before, moved on by a frame.
     """
-    channels_first = has_channels_first(leaf.shape[1:])
+    channels_first = _stacks_first(leaf, k, field, where)
     axis = 1 if channels_first else leaf.ndim - 1
-    channels = leaf.shape[axis]
-    if channels % k:
-        raise where.error(f"expected a multiple of {k} channels, got shape {leaf.shape[1:]}", field=field)
-    size = channels // k
+    size = leaf.shape[axis] // k
 
     def part(rows: Array, first: int, last: int) -> Array:
         return rows[(slice(None),) * axis + (slice(first * size, last * size),)]

@@ -290,12 +290,15 @@ def to_d3rlpy_model(model: "SAC", device: str | bool | int = False, **kwargs: An
 
     Raises:
         ModelError: If something cannot be carried.
+        TypeError: If `kwargs` has what the model's networks decide.
         ImportError: If d3rlpy or Stable-Baselines3 is not installed.
     """
     _import_both()
     import d3rlpy
     import torch as th
 
+    if fixed := sorted({"n_critics", "actor_encoder_factory", "critic_encoder_factory"} & kwargs.keys()):
+        raise TypeError(f"to_d3rlpy_model takes {', '.join(fixed)} from the model's networks, which are carried.")
     config_class, options = _d3rlpy_options(model)
     _check_sb3_networks(model)
     actor: Any = model.actor

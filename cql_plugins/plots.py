@@ -106,12 +106,21 @@ class Run:
         return max((max(steps) for steps, _ in self.series[phase].values()), default=0.0)
 
     def append(self, part: Run) -> None:
-        """Add what came later; a phase whose steps do not count on begins where the same phase ended before."""
+        """Add what came later.
+
+        A phase that begins anew goes on where it ended before; one that goes back a little, to a checkpoint, takes the place of
+        what was there from then on.
+        """
         for phase in PHASES:
-            first, end = min((min(steps) for steps, _ in part.series[phase].values()), default=0.0), self.end(phase)
-            offset = end if first <= end else 0.0
-            for name, (steps, values) in part.series[phase].items():
-                before = self.series[phase].setdefault(name, ([], []))
+            known, new = self.series[phase], part.series[phase]
+            starts = [(known[name][0][0], new[name][0][0]) for name in known.keys() & new.keys()]
+            begins_anew = bool(starts) and min(start for _, start in starts) <= min(start for start, _ in starts)
+            offset = self.end(phase) if begins_anew else 0.0
+            for name, (steps, values) in new.items():
+                before = known.setdefault(name, ([], []))
+                while before[0] and before[0][-1] >= steps[0] + offset:
+                    for column in before:
+                        column.pop()
                 before[0].extend(step + offset for step in steps)
                 before[1].extend(values)
 

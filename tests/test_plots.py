@@ -124,6 +124,25 @@ def test_several_folders_of_a_phase(tmp_path: Path, counts_on: bool) -> None:
     assert switches(figure) == {400.0}
 
 
+def test_folders_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    """It goes on from its checkpoint: what was logged after that is logged again."""
+    for folder, steps in (("first", (1000, 2000, 3000, 4000)), ("second", (2500, 3500, 4500))):
+        (tmp_path / folder).mkdir()
+        text = "".join(f"1,{step},{step}.{len(folder)}\n" for step in steps)
+        (tmp_path / folder / "q_data.csv").write_text(text, encoding="utf-8")
+    figure = plot_run(tmp_path / "first", tmp_path / "second")
+    (curve,) = curves(figure)["Q, in units of the reward"]
+    assert curve == ([1000.0, 2000.0, 2500.0, 3500.0, 4500.0], [1000.5, 2000.5, 2500.6, 3500.6, 4500.6])
+
+
+def test_folders_with_different_curves_of_one_run(tmp_path: Path) -> None:
+    for name in ("q_data", "q_policy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.csv").write_text("1,100,0.25\n2,200,0.5\n", encoding="utf-8")
+    figure = plot_run(tmp_path / "q_data", tmp_path / "q_policy")
+    assert curves(figure)["Q, in units of the reward"] == [([100.0, 200.0], [0.25, 0.5])] * 2
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_files_and_themes(tmp_path: Path, suffix: str) -> None:
     run = write(tmp_path / "run", *OFFLINE)

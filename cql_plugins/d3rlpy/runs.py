@@ -324,7 +324,7 @@ def following(algo: Any, run: Run, call: inspect.BoundArguments) -> Iterator[_Lo
         ValueError: If the call cannot go on from the loaded checkpoint.
     """
     arguments = call.arguments
-    run.arguments = {name: arguments[name] for name in _LOOP_ARGUMENTS[run.phase]}
+    run.arguments = {name: arguments[name] for name in _LOOP_ARGUMENTS[run.phase]} | _sampling(run)
     evaluated = [getattr(evaluator, "_env", None) for evaluator in (arguments.get("evaluators") or {}).values()]
     run.evaluation = [env for env in (*evaluated, arguments.get("eval_env")) if env is not None]
     point = _point_for(algo, run, int(arguments["n_steps"]))
@@ -347,6 +347,20 @@ def following(algo: Any, run: Run, call: inspect.BoundArguments) -> Iterator[_Lo
             algo._run = None  # What a callback left can still be saved as it is; what broke off within a step cannot.
 
 
+def _sampling(run: Run) -> dict[str, Any]:
+    """How the buffers' transitions are picked and mixed, which is no part of the algorithm's config."""
+    found: dict[str, Any] = {}
+    for name, buffer in (("dataset", run.dataset), ("buffer", run.collecting)):
+        if buffer is not None:
+            picker = getattr(buffer.transition_picker, "inner", buffer.transition_picker)
+            plain = {key: value for key, value in vars(picker).items() if isinstance(value, (bool, int, float, str))}
+            shown = ", ".join(f"{key.lstrip('_')}={value}" for key, value in sorted(plain.items()))
+            found[f"{name}.transition_picker"] = f"{type(picker).__name__}({shown})"
+    if (fraction := getattr(run.buffer, "offline_fraction", None)) is not None:
+        found["buffer.offline_fraction"] = fraction
+    return found
+
+
 def _point_for(algo: Any, run: Run, n_steps: int) -> ResumePoint | None:
     """The loaded checkpoint's point, where this call is to go on from it."""
     point: ResumePoint | None = algo.resume_point
@@ -367,7 +381,7 @@ def _point_for(algo: Any, run: Run, n_steps: int) -> ResumePoint | None:
             "steps before the checkpoint, too."
         )
     changed = [
-        f"{name}={run.arguments[name]} (was {before})"
+        f"{name}={run.arguments.get(name)} (was {before})"
         for name, before in point.arguments.items()
         if run.arguments.get(name) != before
     ]

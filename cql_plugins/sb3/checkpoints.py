@@ -484,8 +484,6 @@ def load_checkpoint(model: Model, checkpoint: str | Path | Archive) -> Model:
         name: (before, now) for name, now in _options(model).items() if (before := document["options"].get(name, now)) != now
     }
     if changed:
-        if changed.keys() & {"gamma", "return_tail"} and isinstance(model.replay_buffer, ReturnsToGoMixin):
-            vars(model)["_tails_are_due"] = True
         told = ", ".join(f"{name} was {before} and is {now}" for name, (before, now) in changed.items())
         warnings.warn(f"The run goes on with other options than it had: {told}.", stacklevel=3)
     if not _same_environments(model, archive):
@@ -528,9 +526,13 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
     """Set counters, random states, environments and what else is not a parameter or a stored transition."""
     document = archive.document
     is_same = _same_environments(model, archive)
+    options = _options(model)
+    is_summed_alike = all(document["options"].get(name) == options.get(name) for name in ("gamma", "return_tail"))
+    left_out = {*_NOT_COUNTERS, *(() if is_same else _OF_ENVIRONMENT)}
     for name, value in archive.decoded("counters").items():
-        if is_same or name not in _OF_ENVIRONMENT:
-            setattr(model, name, value)
+        if name not in left_out:
+            # Values after truncated ends are estimated anew where they are of another discount.
+            setattr(model, name, True if name == "_tails_are_due" and not is_summed_alike else value)
     problems = []
     if document["n_envs"] == model.n_envs:
         if model.env is not None and document["environment"] is not None:
@@ -544,8 +546,6 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
             "the run's were, with the same wrappers."
         )
     returns = archive.decoded("offline_returns")
-    options = _options(model)
-    is_summed_alike = all(document["options"].get(name) == options.get(name) for name in ("gamma", "return_tail"))
     if returns is not None and is_summed_alike and isinstance(model.offline_buffer, ReturnsToGoMixin):
         model.offline_buffer.returns_to_go[:] = returns.pop("returns_to_go")
         vars(model.offline_buffer).update(returns)
@@ -589,12 +589,18 @@ def _require_buffer(model: OfflineMixin, archive: Archive) -> None:
                     f"{source.dtype} there, {target.shape[2:]} and {target.dtype} in the model. Build it with the same spaces."
                 )
     is_moved = saved["size"] != [buffer.buffer_size, buffer.n_envs] and not model._buffer_waits_for_env
-    if saved["n_rows"] and is_moved and buffer.optimize_memory_usage:
+    if _holds_rows(archive) and is_moved and buffer.optimize_memory_usage:
         raise CheckpointError(
             f"{archive.path} has a replay buffer of {saved['size'][1]} environments and {saved['size'][0]} rows, the model one "
             f"of {buffer.n_envs} and {buffer.buffer_size}. With optimize_memory_usage=True it cannot be moved, since its rows "
             "are each other's next observations. Keep both."
         )
+
+
+def _holds_rows(archive: Archive) -> bool:
+    """Whether anything had been collected."""
+    rest = archive.document["buffer"]["rest"]
+    return bool(decode(rest["pos"], archive.arrays) or decode(rest["full"], archive.arrays))
 
 
 def _restore_buffer(model: OfflineMixin, archive: Archive) -> None:
@@ -603,13 +609,13 @@ def _restore_buffer(model: OfflineMixin, archive: Archive) -> None:
     if saved is None or buffer is None:
         return
     size, n_envs = saved["size"]
-    if model._buffer_waits_for_env and saved["n_rows"]:
+    if model._buffer_waits_for_env and _holds_rows(archive):
         # The model has no room for it yet: it keeps the run's own until it gets its environment.
         buffer = model.replay_buffer = _empty_like(model, buffer, size, n_envs)
     if (size, n_envs) == (buffer.buffer_size, buffer.n_envs):
         _fill_buffer(buffer, archive)
         return
-    if not saved["n_rows"]:
+    if not _holds_rows(archive):
         return
     old = _empty_like(model, buffer, size, n_envs)
     _fill_buffer(old, archive)

@@ -109,7 +109,7 @@ class OfflineMixin(OffPolicyAlgorithm):
         ):
             raise ValueError(f"offline_fraction must be in [0, 1] or 'proportional'; got {offline_fraction!r}.")
         self.offline_fraction: float | Literal["proportional"] = (
-            "proportional" if offline_fraction == "proportional" else float(offline_fraction)
+            float(offline_fraction) if isinstance(offline_fraction, np.number) else offline_fraction
         )
         self.data_device = None if data_device is None else str(th.device(data_device))
         self.offline_buffer = None
@@ -221,10 +221,12 @@ class OfflineMixin(OffPolicyAlgorithm):
         if self._n_updates and known is not None and known != self._normalizes_observations:
             raise ValueError(
                 "The model was trained on normalised observations, and its environment does not normalise them: wrap it in "
-                "VecNormalize with the statistics of the training (VecNormalize.load), and call set_env()."
+                "VecNormalize with the statistics of the training (VecNormalize.load), and call set_env(); load_weights wraps "
+                "the environment that it is given."
                 if known
                 else "The model was trained on raw observations, and its environment's VecNormalize normalises them: call "
-                "set_env() with the environment without it, or with norm_obs=False; or have VecNormalize from the start."
+                "set_env() with the environment without it, or with norm_obs=False; or have VecNormalize from the start. Where "
+                "the data was normalised before, do the same in a gymnasium wrapper."
             )
 
     def _adopt_offline_buffer(self, buffer: ReplayBuffer) -> ReplayBuffer:
@@ -307,13 +309,15 @@ class OfflineMixin(OffPolicyAlgorithm):
         Args:
             env: Environment.
             force_reset: See SB3.
+
+        Raises:
+            ValueError: If a buffer that was loaded before cannot be rearranged (``optimize_memory_usage``); it is kept.
         """
         super().set_env(env, force_reset)
         self._fill_normalization()
         waiting = self.replay_buffer
         if not self._buffer_waits_for_env or waiting is None:
             return
-        self._buffer_waits_for_env = False
         if waiting.size() == 0 or waiting.n_envs != self.n_envs:
             assert self.replay_buffer_class is not None
             assert isinstance(self.observation_space, spaces.Space)
@@ -327,8 +331,13 @@ class OfflineMixin(OffPolicyAlgorithm):
                 **self.replay_buffer_kwargs,
             )
             self._prepare_online_buffer()
-            if waiting.size():
-                refill(self.replay_buffer, waiting)
+            try:
+                if waiting.size():
+                    refill(self.replay_buffer, waiting)
+            except ValueError:
+                self.replay_buffer = waiting
+                raise
+        self._buffer_waits_for_env = False
 
     def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
         """Load a replay buffer, see SB3; one that was filled with another number of environments is rearranged.
@@ -572,8 +581,9 @@ class OfflineMixin(OffPolicyAlgorithm):
             buffer.cut_running_episodes()
         if isinstance(buffer, NStepReplayBuffer) and buffer.size():
             # Else rewards would be summed across the reset. To a sum of n steps a broken record is a truncated one.
+            # As SB3 marks it while it samples; `dones` stays, since the episode has not ended.
             running = buffer.dones[buffer.pos - 1] == 0
-            buffer.dones[buffer.pos - 1, running] = buffer.timeouts[buffer.pos - 1, running] = 1.0
+            buffer.timeouts[buffer.pos - 1, running] = 1.0
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1

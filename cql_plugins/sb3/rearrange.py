@@ -121,7 +121,7 @@ def _copy(
             target._cuts[last, index] = True
         if isinstance(target, NStepReplayBuffer):
             # Else rewards would be summed across the seam. To a sum of n steps a broken record is a truncated one.
-            target.dones[last, index] = target.timeouts[last, index] = 1.0
+            target.timeouts[last, index] = 1.0
 
 
 def column_arrays(buffer: ReplayBuffer) -> dict[str, Any]:

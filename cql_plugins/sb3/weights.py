@@ -93,7 +93,8 @@ def save_weights(
             given to :func:`load_weights` again. One of ``policy_kwargs`` is named ``"policy_kwargs.features_extractor_class"``.
 
     Raises:
-        WeightsError: If the model is of another class, or an argument cannot be written and is not in ``omit``.
+        WeightsError: If the model is of another class, an argument cannot be written and is not in ``omit``, or the model was
+            trained on normalised observations and has no ``VecNormalize`` now.
         ImportError: If safetensors is not installed.
     """
     names = set(omit)
@@ -116,6 +117,11 @@ def save_weights(
                 optimizers[name], own = describe_optimizer(name, states[name])
                 tensors |= {f"optimizers.{name}.{key}": tensor for key, tensor in own.items()}
     normalization, statistics = _describe_normalization(model.get_vec_normalize_env())
+    if model._normalized_observations and model.get_vec_normalize_env() is None:
+        raise WeightsError(
+            "The model was trained on observations normalised by VecNormalize, whose statistics belong in the file, and its "
+            "environment has none: call set_env(VecNormalize.load(path, venv)), or load the model with that environment, first."
+        )
     document = {
         "framework": "sb3",
         "algorithm": algorithm,
@@ -147,9 +153,9 @@ def load_weights(
 ) -> Any:
     """Load a model from a file of :func:`save_weights`. Nothing is unpickled, and nothing that the file names is imported.
 
-    Without an environment the model predicts and learns offline; ``learn`` needs one. Statistics of a ``VecNormalize`` come
-    back with the environment: one without the wrapper is wrapped, one that has seen nothing is filled, one with other
-    statistics is refused.
+    Without an environment the model predicts, and learns offline where it was trained on raw observations; ``learn`` needs
+    one. Statistics of a ``VecNormalize`` come back with the environment: one without the wrapper is wrapped, one that has
+    seen nothing is filled, one with other statistics is refused.
 
     Args:
         path: The file; it need not be trusted.

@@ -81,6 +81,16 @@ class TestFromArrays:
         steps["next_observations"][2] = 1e300
         with pytest.raises(DatasetError, match=r"'next_observations': expected values that float32 can hold"):
             from_arrays(**steps)
+        steps |= {"observations": np.array([0, 1, 2, 0, 1], np.int8), "observation_space": spaces.Discrete(500)}
+        with pytest.raises(DatasetError, match=r"'next_observations': expected values that int8 can hold"):
+            from_arrays(**steps | {"next_observations": np.array([1, 2, 300, 1, 2])})
+        assert from_arrays(**steps | {"next_observations": np.array([1, 2, 100, 1, 2])}).observations.tolist()[3] == 100
+
+    def test_integers_of_two_widths(self, steps: dict[str, Any]) -> None:
+        steps |= {"observations": np.array([0, 300, 44, 0, 1]), "observation_space": spaces.Discrete(500)}
+        with pytest.warns(UserWarning, match=r"1 step\(s\) without a flag are followed by"):
+            dataset = from_arrays(**steps | {"next_observations": np.array([44, 44, 44, 1, 2], np.uint8)})
+        assert dataset.offsets.tolist() == [0, 1, 3, 5], "44 is 300 to eight bits"
 
     def test_both_flags(self, steps: dict[str, Any], golden: OfflineDataset, assert_same: Any) -> None:
         steps["truncations"][2] = True

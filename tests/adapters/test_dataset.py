@@ -125,6 +125,35 @@ class TestConcatenate:
         assert_same((nested + nested)[:1], nested)
         assert len(nested + nested) == 2 * len(nested)
 
+    def test_another_order_of_keys(self, golden: OfflineDataset, arguments: dict[str, Any]) -> None:
+        box, rows = arguments["observation_space"], arguments["observations"]
+
+        def part(keys: str) -> OfflineDataset:
+            columns = {"a": rows.astype(np.float32), "b": rows.astype(np.float64)}
+            dtypes = {key: spaces.Box(-np.inf, np.inf, box.shape, columns[key].dtype.type) for key in keys}
+            changes = {
+                "observations": {key: columns[key] for key in keys},
+                "observation_space": spaces.Dict(list(dtypes.items())),
+            }
+            return OfflineDataset(**arguments | changes)
+
+        joined = part("ab") + part("ba")
+        assert list(joined.observations) == list(part("ab").observations)
+        for key, column in joined.observations.items():
+            np.testing.assert_array_equal(column, np.concatenate([rows, rows]), err_msg=key)
+
+    def test_references_that_differ_are_none(self, arguments: dict[str, Any]) -> None:
+        known = {"name": None, "env_id": "Hopper-v5"}
+        first, second = (OfflineDataset(**arguments | known | {"references": (0.0, top)}) for top in (10.0, 20.0))
+        table = OfflineDataset(**arguments | known)
+        assert table.references is not None
+        assert (first + first).references == (0.0, 10.0)
+        assert (table + table).references == table.references
+        for joined in (first + second, first + table):
+            assert joined.references is None
+            assert joined[:1].references is None
+            assert joined.scale_rewards(2.0).references is None
+
     def test_nothing(self) -> None:
         with pytest.raises(DatasetError, match="at least one"):
             OfflineDataset.concatenate([])

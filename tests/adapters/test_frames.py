@@ -286,6 +286,14 @@ class TestUnstack:
             with pytest.raises(DatasetError, match="film, field 'observations', row 5: expected a stack of 3 frames that"):
                 filmed(stacks).unstack_frames(3)
 
+    @pytest.mark.parametrize(("frame", "k"), [((7, 7, 3), 3), ((7, 7, 3), 4), ((3, 6, 7), 4), ((5, 5, 3), 2)])
+    def test_stacks_with_more_channels_than_pixels_a_side(self, frame: tuple[int, ...], k: int, assert_same: Any) -> None:
+        stacked = filmed(pixels(*frame)).stack_frames(k)
+        plain = filmed(np.asarray(stacked.observations))
+        again = plain.unstack_frames(k)
+        assert_same(again, plain)
+        assert again.observations.nbytes < plain.observations.nbytes
+
     def test_refused(self) -> None:
         with pytest.raises(DatasetError, match=r"expected a multiple of 2 channels, got shape \(3, 4, 5\)"):
             filmed(np.asarray(filmed(pixels(4, 5)).stack_frames(3).observations)).unstack_frames(2)

@@ -478,3 +478,16 @@ def test_trained_here_goes_on_there() -> None:
     model.set_offline_data(data)
     model.learn(20)
     assert_same_model(model, to_d3rlpy_model(model))
+
+
+def test_the_networks_are_the_models() -> None:
+    import gymnasium as gym
+
+    from cql_plugins.adapters import to_d3rlpy_model
+    from cql_plugins.sb3 import CQL
+
+    model = CQL("MlpPolicy", gym.make("Pendulum-v1"), policy_kwargs={"net_arch": [4]}, buffer_size=10, device="cpu")
+    assert to_d3rlpy_model(model, batch_size=7).config.batch_size == 7
+    for name in ("n_critics", "actor_encoder_factory", "critic_encoder_factory"):
+        with pytest.raises(TypeError, match=name):
+            to_d3rlpy_model(model, **{name: 4})

@@ -298,8 +298,9 @@ class TestKindsOfData:
 
     @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 5, 6)])
     def test_shapes_without_an_encoder(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(DatasetError, match=r"got observations of shape \(.*Flatten them, or reshape them"):
-            to_d3rlpy(self.of_observations(np.ones((4, *shape), np.float32), 1.0))
+        with pytest.warns(UserWarning, match=r"got observations of shape \(.*encoder factory of your own"):
+            kept = to_d3rlpy(self.of_observations(np.ones((4, *shape), np.float32), 1.0))
+        assert kept.transition(0).observation.shape == shape
         flat = to_d3rlpy(self.of_observations(np.ones((4, *shape), np.float32).reshape(4, -1), 1.0))
         assert flat.transition(0).observation.shape == (int(np.prod(shape)),)
 

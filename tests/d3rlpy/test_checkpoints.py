@@ -22,7 +22,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from d3rlpy.dataset import FIFOBuffer, InfiniteBuffer, MixedReplayBuffer, ReplayBuffer, create_fifo_replay_buffer
+from d3rlpy.dataset import (
+    FIFOBuffer,
+    InfiniteBuffer,
+    MixedReplayBuffer,
+    MultiStepTransitionPicker,
+    ReplayBuffer,
+    create_fifo_replay_buffer,
+)
 from d3rlpy.logging import NoopAdapterFactory
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
@@ -36,6 +43,7 @@ from cql_plugins.d3rlpy import (
     CQLConfig,
     DiscreteCalQLConfig,
     DiscreteCQLConfig,
+    OfflineOnlineReplayBuffer,
     ReturnsToGoReplayBuffer,
     load_checkpoint,
     save_checkpoint,
@@ -89,7 +97,7 @@ def walk(config: Any, seed: int = 7) -> Any:
     return env
 
 
-def data(discrete: bool, n: int = 40, change: Callable[[dict[str, Any]], None] | None = None) -> Any:
+def data(discrete: bool, n: int = 40, change: Callable[[dict[str, Any]], None] | None = None, **options: Any) -> Any:
     source = np.random.default_rng(5)
     ends = np.arange(1, n + 1) % 8 == 0
     arrays: dict[str, Any] = {
@@ -102,7 +110,8 @@ def data(discrete: bool, n: int = 40, change: Callable[[dict[str, Any]], None] |
     if change is not None:
         change(arrays)
     env = Walk(discrete)
-    return to_d3rlpy(OfflineDataset(**arrays, observation_space=env.observation_space, action_space=env.action_space))
+    dataset = OfflineDataset(**arrays, observation_space=env.observation_space, action_space=env.action_space)
+    return to_d3rlpy(dataset, **options)
 
 
 def state_of(algo: Any) -> dict[str, Any]:
@@ -364,6 +373,29 @@ def online_options(config: Any, **changes: Any) -> dict[str, Any]:
         "n_updates": 2,
         **QUIET,
     } | changes
+
+
+def test_another_way_to_sample_is_said(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"n_steps_per_epoch": 2, **QUIET}
+
+    def picked(n: int) -> Any:
+        return data(False, transition_picker=MultiStepTransitionPicker(n, 0.99))
+
+    path = tmp_path / "offline.zip"
+    make(CalQLConfig).fit(picked(3), n_steps=4, callback=lambda algo, *_: save_checkpoint(algo, path), **options)
+    load_checkpoint(path).fit(picked(3), n_steps=6, **options)
+    with pytest.warns(UserWarning, match=r"dataset\.transition_picker=.*n_steps=5\) \(was .*n_steps=3\)"):
+        load_checkpoint(path).fit(picked(5), n_steps=6, **options)
+
+    def mixed(fraction: float) -> Any:
+        online = create_fifo_replay_buffer(100, env=walk(CalQLConfig))
+        return OfflineOnlineReplayBuffer(online, data(False), fraction)
+
+    folder, more = tmp_path / "online", online_options(CalQLConfig)
+    make(CalQLConfig).fit_online(walk(CalQLConfig), mixed(0.5), callback=Checkpoints(folder, every_steps=15), **more)
+    load_checkpoint(folder).fit_online(walk(CalQLConfig), mixed(0.5), **more)
+    with pytest.warns(UserWarning, match=r"buffer\.offline_fraction=0\.75 \(was 0\.5\)"):
+        load_checkpoint(folder).fit_online(walk(CalQLConfig), mixed(0.75), **more)
 
 
 class TestOnline:

@@ -155,6 +155,26 @@ class TestResets:
         assert found[1.0, 4.0] == {(1.75, 0.0)}, "the other episodes have three"
         assert all(before < after for before, after in found)
 
+    def test_a_broken_record_of_several_steps_has_no_return_for_calql(self, host: Any, tmp_path: Path) -> None:
+        cql = host.build(CQL, DummyVecEnv([Clock]), n_steps=3, gamma=0.5, learning_starts=1000)
+        cql.learn(3)
+        cql.learn(14)
+        cql.save_replay_buffer(tmp_path / "buffer")
+        of_data = host.build(CalQL, DummyVecEnv([Clock]), n_steps=3, gamma=0.5).set_offline_data(cql.replay_buffer)
+        for n_envs in (1, 2):
+            loaded = host.build(CalQL, DummyVecEnv([Clock] * n_envs), n_steps=3, gamma=0.5)
+            loaded.load_replay_buffer(tmp_path / "buffer")
+            for buffer in (of_data.offline_buffer, loaded.replay_buffer):
+                clock = buffer.observations[: buffer.size(), :, 0]
+                returns = buffer.returns_to_go[: buffer.size()]
+                known = np.isfinite(returns)
+                np.testing.assert_allclose(returns[known], (2 - 2 * 0.5 ** (Clock.LIMIT - clock))[known], rtol=1e-5)
+                assert known.any()
+                if buffer.n_envs == 1:
+                    assert not known[:3].any()
+        with pytest.warns(UserWarning, match="taken as truncated"):
+            assert from_sb3(cql.replay_buffer).unflagged_episodes.tolist() == [True, False, False, True]
+
 
 class Clock(gym.Env[Any, Any]):
     """Shows how many steps its episode has had, pays 1 for each, and ends after six."""
@@ -274,6 +294,16 @@ class TestWithoutAnEnvironment:
         assert isinstance(model.replay_buffer, ReturnsToGoMixin) == (algorithm is CalQL)
         model.learn(20)
         assert model.replay_buffer.size() == 60
+
+    def test_a_loaded_buffer_that_cannot_be_rearranged_is_kept(self, host: Any, dataset: Any, tmp_path: Path) -> None:
+        options = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+        host.build(CQL, host.corridors(2), **options).learn(40).save_replay_buffer(tmp_path / "buffer")
+        model = CQL.from_dataset(dataset, **host.tiny(CQL, **options))
+        model.load_replay_buffer(tmp_path / "buffer")
+        with pytest.raises(ValueError, match="each other's next"):
+            model.set_env(host.corridors())
+        assert model.replay_buffer.size() == 20
+        assert model._buffer_waits_for_env
 
 
 class TestHindsight:

@@ -502,6 +502,7 @@ def test_a_run_without_an_environment_at_first_keeps_what_it_collected(tmp_path:
     [
         ({"return_tail": "zero"}, {"return_tail": "none"}),
         ({"return_tail": "zero"}, {"return_tail": "bootstrap"}),
+        ({"return_tail": "bootstrap", "gamma": 0.99}, {"return_tail": "bootstrap", "gamma": 0.5}),
         ({"gamma": 0.99}, {"gamma": 0.5}),
         ({"n_steps": 3}, {"n_steps": 5}),
     ],
@@ -539,6 +540,24 @@ def test_a_run_goes_on_with_its_data_where_it_is_told(tmp_path: Path) -> None:
         model = run.learn_offline(run.resume(build(CQL, seed=1, data_device=device)), collect(), steps)
     assert model._n_offline_steps == 6
     assert model._device_data is not None
+
+
+def test_an_empty_memory_efficient_buffer_needs_no_moving(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optimize_memory_usage": True, **_PLAIN}
+    data = collect()
+    run = Checkpoints(tmp_path)
+    run.learn_offline(run.resume(CQL.from_dataset(data, **tiny(CQL, **options))), data, 3)
+    model = Checkpoints(tmp_path).resume(build(CQL, **options))
+    assert model._n_offline_steps == 3
+    assert model.replay_buffer.buffer_size == 200
+
+
+@pytest.mark.parametrize("fraction", [0, 1, 0.5])
+def test_whole_numbers_are_not_another_option(tmp_path: Path, fraction: float) -> None:
+    run = Checkpoints(tmp_path)
+    run.learn_offline(run.resume(build(CQL, offline_fraction=fraction)), collect(), 2)
+    assert Checkpoints(tmp_path).resume(build(CQL, offline_fraction=fraction)).offline_fraction == fraction
+    assert repr(build(CQL, offline_fraction=fraction).offline_fraction) == repr(fraction)
 
 
 def test_a_checkpoint_of_another_buffer_is_refused_and_the_model_stays_as_it_was(tmp_path: Path) -> None:

@@ -283,6 +283,16 @@ class TestNormalization:
         model.learn(20)
         return model
 
+    def test_statistics_cannot_be_left_behind(self, host: Any, model: Any, place: Path) -> None:
+        save_weights(model, place)
+        with pytest.warns(UserWarning, match="trained on normalised observations"):
+            alone = load_weights(place, device="cpu")
+        with pytest.raises(WeightsError, match=r"set_env\(VecNormalize\.load"):
+            save_weights(alone, place.with_name("again.safetensors"))
+        assert not place.with_name("again.safetensors").exists()
+        with pytest.raises(ValueError, match="trained on normalised observations"):
+            alone.learn_offline(host.collect(), 1)
+
     def test_comes_back_around_an_environment(self, host: Any, model: Any, place: Path) -> None:
         save_weights(model, place)
         ours = model.get_vec_normalize_env()
