@@ -121,6 +121,8 @@ def claims() -> list[Claim]:
     for task in ("bridge", "bridge-long", "pendulum"):
         text = "with the mode in the target ours is not below d3rlpy's CQL (5 points)"
         found.append(_beside_d3rlpy(task, text, "cql:mode_q_backup=True"))
+    text = "with d3rlpy's networks and the mode ours is not below d3rlpy's CQL (5 points)"
+    found.append(_beside_d3rlpy("bridge", text, "ours-d3rlpy-cql:mode_q_backup=True"))
     source = "CQL, Section 5"
     none, little, much = (f"cql:cql_alpha={weight}" for weight in (0.0, 0.1, 50.0))
     one = "cql"  # both tasks' own weight
