@@ -465,7 +465,7 @@ def score(
     max_episode_steps: MaxEpisodeSteps = None,
     storage: StorageOption = Storage.MEMORY,
 ) -> None:
-    """Compute D4RL's normalised score: 0 for a random policy, 100 for an expert."""
+    """Compute D4RL's normalised score: 0 for a random policy, 100 for an expert; notes on the reading go to stderr."""
     if references is not None and not (all(map(math.isfinite, references)) and references[0] < references[1]):
         raise typer.BadParameter(
             f"expected two finite numbers, the lower one first, got {references}", param_hint="--references"
@@ -476,7 +476,8 @@ def score(
         raise typer.BadParameter("give a data set, or --returns", param_hint="FILE_OR_ID")
     scale = references or _look_up(dataset_name, "--dataset-name") or _look_up(env_id, "--env-id")
     title = source or dataset_name or env_id or "given references"
-    dataset = None if source is None else _read(source, prefer_termination, max_episode_steps, storage).dataset
+    read = None if source is None else _read(source, prefer_termination, max_episode_steps, storage)
+    dataset = None if read is None else read.dataset
     scale = scale or (dataset.references if dataset else None)
     if scale is None:
         where = "--references LOW HIGH, --env-id or --dataset-name"
@@ -484,6 +485,10 @@ def score(
             raise typer.BadParameter("no reference returns are given", param_hint=where)
         _refuse(f"{source}: no reference returns are known for {dataset.name!r}. Give {where}")
     values = returns or ([] if dataset is None else dataset.episode_returns.tolist())
+    if read is not None and not returns and read.notes:
+        for note in read.notes:
+            _say(f"note: {note}")
+        _say("note: the scores are of the transitions that could be read")
     scores = normalized_score(values, scale).tolist()
     if as_json:
         _print_json({"references": scale, "returns": values, "scores": scores, "mean": float(np.mean(scores))})

@@ -877,6 +877,18 @@ class TestScore:
         assert given["scores"][0] == pytest.approx(100)
         assert "lower quartile" in run("score", path).stdout
 
+    def test_what_the_reader_left_out_is_said(self, rows: Rows, tmp_path: Path) -> None:
+        path = tmp_path / "data.npz"
+        assert run("score", write_npz(path, rows), "--references", "0", "1").stderr == ""
+        del rows["next_observations"]
+        write_npz(path, rows)
+        for args in ([], ["--json"]):
+            result = run("score", path, "--references", "0", "1", *args)
+            assert "note: 4 transition(s) at the end of truncated episodes were dropped" in result.stderr
+            assert "note: the scores are of the transitions that could be read" in result.stderr
+            assert "note" not in result.stdout
+        assert run("score", path, "--references", "0", "1", "--returns", "2").stderr == "", "nothing of the file is scored"
+
     def test_references_that_are_not_known(self, rows: Rows, tmp_path: Path) -> None:
         path = write_npz(tmp_path / "data.npz", rows)
         assert "no reference returns are known for 'data'. Give --references" in run("score", path, expect="refused").stderr
