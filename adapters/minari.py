@@ -371,7 +371,7 @@ def to_minari(
     Args:
         dataset: The data set.
         dataset_id: Minari id of the form `namespace/name-v0`; must not exist.
-        data_format: `hdf5`, `arrow` or `parquet`.
+        data_format: `hdf5`, `arrow` or `parquet`. HDF5 cannot hold keys with slashes, as `flatten_observations()` makes them.
         algorithm_name: What collected the data.
         author: Who collected the data.
         author_email: How to reach them.
@@ -383,7 +383,8 @@ def to_minari(
         The stored `minari.MinariDataset`.
 
     Raises:
-        DatasetError: If the id exists or is malformed, or Minari refuses the data. Nothing is left behind then.
+        DatasetError: If the id exists or is malformed, a key is one that HDF5 cannot hold, or Minari refuses the data.
+            Nothing is left behind then.
         ImportError: If Minari or what its storage needs is not installed.
     """
     minari = import_minari()
@@ -396,6 +397,8 @@ def to_minari(
             source=dataset_id,
             hint="Choose another name or version, or remove it with minari.delete_dataset",
         )
+    if data_format == "hdf5":
+        _check_keys(dataset.observation_space, "observations", dataset_id)
     raw = _ask_for_raw_images(minari, dataset, dataset_id)
     created = outermost_missing(path)
     space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
@@ -451,6 +454,21 @@ def _ask_for_raw_images(minari: Any, dataset: OfflineDataset, dataset_id: str) -
                         hint='Bring it to 0.5.4 or newer with: pip install "minari>=0.5.4"',
                     )
     return {}
+
+
+def _check_keys(space: spaces.Space[Any], name: str, dataset_id: str) -> None:
+    """Refuse keys that HDF5 takes for paths: Minari would write groups inside groups, and read none of them back."""
+    if not isinstance(space, spaces.Dict):
+        return
+    for key, subspace in space.spaces.items():
+        if key in ("", ".", "..") or set(key) & {"/", "\0"}:
+            raise DatasetError(
+                f"expected keys that HDF5 can hold, without slashes, got {key!r}",
+                source=dataset_id,
+                field=name,
+                hint='Store it with data_format="arrow" or "parquet", or before flatten_observations',
+            )
+        _check_keys(subspace, f"{name}.{key}", dataset_id)
 
 
 def _extra_of(data_format: str) -> str:

@@ -321,6 +321,34 @@ class TestToMinari:
         to_minari(OfflineDataset(**arguments), "golden-v0", data_format="arrow")
         assert from_minari("golden-v0").observations.dtype == np.float64
 
+    @pytest.mark.parametrize("data_format", STORAGES)
+    def test_keys_with_slashes(self, arguments: dict[str, Any], minari_home: Path, assert_same: Any, data_format: str) -> None:
+        leaf = spaces.Box(-9, 9, (2,), np.float32)
+        space = spaces.Dict({"goal": spaces.Dict({"kettle": leaf, "light": leaf}), "x": leaf})
+        rows = np.arange(14, dtype=np.float32).reshape(7, 2) / 2
+        seen = {"goal": {"kettle": rows, "light": -rows}, "x": rows}
+        nested = OfflineDataset(**arguments | {"observations": seen, "observation_space": space})
+        flat = nested.flatten_observations()
+        if data_format == "hdf5":
+            message = r"""'observations': expected keys .*, got 'goal/kettle'\. Store it with data_format="arrow" or "parq"""
+            with pytest.raises(DatasetError, match=message):
+                to_minari(flat, "deep/flat-v0")
+            assert list(minari_home.iterdir()) == []
+        else:
+            to_minari(flat, "deep/flat-v0", data_format=data_format)
+            assert_same(from_minari("deep/flat-v0"), flat)
+        to_minari(nested, "deep/nested-v0", data_format=data_format)
+        assert_same(from_minari("deep/nested-v0"), nested)
+
+    @pytest.mark.parametrize("key", ["", ".", "..", "a\0b", "/"])
+    def test_keys_that_hdf5_takes_for_paths(self, arguments: dict[str, Any], minari_home: Path, key: str) -> None:
+        leaf = spaces.Box(-9, 9, (1,), np.float32)
+        seen = {"in": {key: np.zeros((7, 1), np.float32)}}
+        space = spaces.Dict({"in": spaces.Dict({key: leaf})})
+        with pytest.raises(DatasetError, match=r"golden-v0, field 'observations\.in': expected keys that HDF5 can hold"):
+            to_minari(OfflineDataset(**arguments | {"observations": seen, "observation_space": space}), "golden-v0")
+        assert list(minari_home.iterdir()) == []
+
     def test_id_taken(self, golden: OfflineDataset, assert_same: Any) -> None:
         to_minari(golden, "golden-v0")
         with pytest.raises(DatasetError, match="golden-v0: expected an id that is not taken"):
