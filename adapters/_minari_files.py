@@ -35,6 +35,8 @@ from cql_plugins.adapters._validation import DatasetError
 _IDS = re.compile(r"[-\w]+(/[-\w]+)*")
 _METADATA = "metadata.json"
 _HDF5 = "main_data.hdf5"
+TRANSFORM = "cql_plugins_reward_transform"
+"""Key in the metadata: the scale and the shift that rewards were stored after, or null where they differ."""
 
 
 @contextlib.contextmanager
@@ -142,6 +144,11 @@ class MinariFiles:
             score = self.metadata.get(key)
             if score is not None and not (isinstance(score, int | float) and abs(score) <= 1e300):
                 raise self._error(f"expected a finite number in the metadata, got {score!r:.100}", key)
+        transform = self.metadata.get(TRANSFORM)
+        if transform is not None:
+            numbers = transform if isinstance(transform, list) else []
+            if [type(number) for number in numbers] != [float, float] or not all(map(math.isfinite, numbers)) or not numbers[0]:
+                raise self._error(f"expected a scale and a shift in the metadata, got {transform!r:.100}", TRANSFORM)
         if not isinstance(self.metadata.get("jpeg_encoding", True), bool):
             raise self._error("expected true or false in the metadata", "jpeg_encoding")
 

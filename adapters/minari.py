@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from cql_plugins.adapters._minari_files import MinariFiles, check_id, reading_episode
+from cql_plugins.adapters._minari_files import TRANSFORM, MinariFiles, check_id, reading_episode
 from cql_plugins.adapters._steps import OnProgress, announce
 from cql_plugins.adapters._storage import Allocate, Origin, Storage, check_storage, fingerprint, in_memory, stored
 from cql_plugins.adapters._tree import Array, is_mapped, map_leaves, named_leaves, row_nbytes
@@ -105,6 +105,7 @@ def from_minari(
         name=name,
         env_id=None if env_spec is None else env_spec.id,
         references=references or _stored_references(dataset),
+        reward_transform=_stored_transform(files),
     )
 
 
@@ -162,6 +163,14 @@ def _stored_references(dataset: Any) -> tuple[float, float] | None:
     metadata = dataset.storage.metadata
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     return None if low is None or high is None else (float(low), float(high))
+
+
+def _stored_transform(files: MinariFiles) -> tuple[float, float] | None:
+    """Return what `scale_rewards` did before `to_minari`, so that scores undo it; None where it is not one for all."""
+    if TRANSFORM not in files.metadata:
+        return 1.0, 0.0
+    stored = files.metadata[TRANSFORM]
+    return None if stored is None else (float(stored[0]), float(stored[1]))
 
 
 class _GrowingArray:
@@ -368,6 +377,10 @@ def to_minari(
     stored where Gymnasium knows it, and reference returns where this data set has them. An end that its source did not flag
     is stored as a truncation.
 
+    Rewards are stored as they are now. After `scale_rewards` the reference returns do not fit them and are not stored, with a
+    warning: no score is known to Minari then. `from_minari` finds the scale and the shift in the metadata, and undoes them in
+    `normalized_score()` where it is given references or looks them up.
+
     Args:
         dataset: The data set.
         dataset_id: Minari id of the form `namespace/name-v0`; must not exist.
@@ -399,6 +412,7 @@ def to_minari(
         )
     if data_format == "hdf5":
         _check_keys(dataset.observation_space, "observations", dataset_id)
+    as_logged = dataset._reward_transform == (1.0, 0.0)
     raw = _ask_for_raw_images(minari, dataset, dataset_id)
     created = outermost_missing(path)
     space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
@@ -423,7 +437,9 @@ def to_minari(
                 data_format=data_format,
                 **raw,
             )
-            if dataset.references is not None:
+            if not as_logged:
+                stored.storage.update_metadata({TRANSFORM: _as_numbers(dataset._reward_transform)})
+            elif dataset.references is not None:
                 # Given to the call above, they would make Minari build the environment and run a random policy in it.
                 low, high = dataset.references
                 stored.storage.update_metadata({"ref_min_score": low, "ref_max_score": high})
@@ -434,6 +450,12 @@ def to_minari(
         if isinstance(error, Exception) and not isinstance(error, DatasetError):
             raise DatasetError(f"Minari cannot store it: {error}", source=dataset_id) from error
         raise
+    if not as_logged and dataset.references is not None:
+        warnings.warn(
+            f"{dataset_id}: rewards are stored as they are now, after scale_rewards. The reference returns are not stored: "
+            "they are of the rewards before it, so that no score is known. Score the data set before it is scaled",
+            stacklevel=2,
+        )
     return stored
 
 
@@ -469,6 +491,13 @@ def _check_keys(space: spaces.Space[Any], name: str, dataset_id: str) -> None:
                 hint='Store it with data_format="arrow" or "parquet", or before flatten_observations',
             )
         _check_keys(subspace, f"{name}.{key}", dataset_id)
+
+
+def _as_numbers(transform: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return a scale and a shift as JSON can hold them; None where they can no longer be undone."""
+    if transform is None or not np.isfinite(transform).all() or not transform[0]:
+        return None
+    return float(transform[0]), float(transform[1])
 
 
 def _extra_of(data_format: str) -> str:

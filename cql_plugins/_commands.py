@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -143,6 +143,19 @@ def _refusals() -> Iterator[None]:
         _refuse(f"{error or 'out of memory'}. --storage memmap reads data that is larger than memory")
 
 
+def _notes(caught: Iterable[warnings.WarningMessage], sort: type[Warning] = UserWarning) -> list[str]:
+    """Take the notes out of warnings of one sort; the others are warned of again."""
+    notes: list[str] = []
+    for warning in caught:
+        if isinstance(warning.message, ReadingWarning):
+            notes += warning.message.notes
+        elif isinstance(warning.message, sort):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return notes
+
+
 def _read(source: str, prefer_termination: bool, max_episode_steps: int | None, storage: Storage) -> _Read:
     """Read a data set of any kind, or leave with a message."""
     try:
@@ -161,12 +174,7 @@ def _read(source: str, prefer_termination: bool, max_episode_steps: int | None, 
             dataset = from_npz(place, **options)
         else:
             dataset = from_minari(place, **options)
-    notes: list[str] = []
-    for warning in caught:
-        if isinstance(warning.message, ReadingWarning):
-            notes += warning.message.notes
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    notes = _notes(caught, ReadingWarning)
     # What a finding says with its consequence.
     notes = [note for note in notes if not note.startswith("inferred from the values") and "episode(s) end with" not in note]
     return _Read(kind, dataset, tuple(notes))
@@ -312,14 +320,15 @@ def convert(
         def progress(share: float) -> None:
             bar.update(writing, completed=share)
 
-        with _refusals():
+        with _refusals(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             if kind is Kind.D4RL:
                 to_d4rl(dataset, place, overwrite=force, progress=progress)
             elif kind is Kind.NPZ:
                 to_npz(dataset, place, overwrite=force, progress=progress)
             else:
                 _store_in_minari(dataset, root, dataset_id, force, data_format, progress)
-    for note in (*read.notes, *_left_out(dataset, kind, place)):
+    for note in (*read.notes, *_notes(caught), *_left_out(dataset, kind, place)):
         _say(f"note: {note}")
     typer.echo(f"{place}: {dataset.n_episodes:,} episodes, {len(dataset):,} transitions, {kind}")
 
@@ -388,6 +397,8 @@ def _left_out(dataset: OfflineDataset, kind: Kind, place: Path) -> Iterator[str]
         if dataset.env_id is not None and dataset.env_id not in gym.registry:
             yield f"the environment's id {dataset.env_id} is not stored: it is not registered with Gymnasium here"
         return
+    if dataset._reward_transform != (1.0, 0.0):
+        yield f"{kind} files do not say that rewards are stored after scale_rewards: scores of them are wrong"
     lost = [
         f"{name} {describe_space(space)}"
         for name, space, infer in (
@@ -484,7 +495,7 @@ def score(
         if dataset is None:
             raise typer.BadParameter("no reference returns are given", param_hint=where)
         _refuse(f"{source}: no reference returns are known for {dataset.name!r}. Give {where}")
-    values = returns or ([] if dataset is None else dataset.episode_returns.tolist())
+    values = returns or ([] if dataset is None else _own_returns(dataset))
     if read is not None and not returns and read.notes:
         for note in read.notes:
             _say(f"note: {note}")
@@ -505,6 +516,15 @@ def score(
     console = _console()
     console.print(Text(f"{title}: 0 is a return of {number(scale[0])}, 100 one of {number(scale[1])}"))
     console.print(table)
+
+
+def _own_returns(dataset: OfflineDataset) -> list[float]:
+    """Compute the returns of the episodes, with `scale_rewards` before `to_minari` undone."""
+    if dataset._reward_transform is None:
+        _refuse(f"{dataset.name}: its rewards were stored after different calls of scale_rewards, they have no score")
+    scale, shift = dataset._reward_transform
+    returns: list[float] = ((dataset.episode_returns - shift * dataset.episode_lengths) / scale).tolist()
+    return returns
 
 
 def _look_up(name: str | None, option: str) -> tuple[float, float] | None:

@@ -685,6 +685,22 @@ class TestConvert:
         run("convert", "plain.npz", "made/given-v0", "--env-id", "Pendulum-v1")
         assert from_minari("made/given-v0").env_id == "Pendulum-v1"
 
+    @pytest.mark.filterwarnings("ignore:.*rewards are stored as they are now")
+    def test_rewards_stored_after_scaling(self, rows: Rows, here: Path) -> None:
+        need("minari")
+        original = _dataset(rows, references=(0.0, 10.0))
+        scaled = original.scale_rewards(10, -5)
+        to_minari(scaled, "hopper-medium-v2")  # Its name is known, so references are looked up.
+        own = json.loads(run("score", "hopper-medium-v2", "--references", "0", "10", "--json").stdout)
+        np.testing.assert_allclose(own["scores"], original.normalized_score())
+        said = run("convert", "hopper-medium-v2", "made/copy-v0").stderr
+        assert "note: made/copy-v0: rewards are stored as they are now, after scale_rewards" in flat(said)
+        np.testing.assert_allclose(from_minari("made/copy-v0", references=(0.0, 10.0)).normalized_score(), own["scores"])
+        assert "scores of them are wrong" in flat(run("convert", "made/copy-v0", "copy.npz").stderr)
+        to_minari(OfflineDataset.concatenate([original, scaled]), "made/joined-v0")
+        args = ("score", "made/joined-v0", "--references", "0", "10")
+        assert "they have no score" in run(*args, expect="refused").stderr
+
     def test_what_was_guessed_is_said(self, rows: Rows, here: Path) -> None:
         need("minari")
         rows["actions"] *= 3

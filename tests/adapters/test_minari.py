@@ -308,6 +308,38 @@ class TestToMinari:
         with pytest.raises(AssertionError):
             assert_same(from_minari("golden-v0"), golden)
 
+    def test_scaled_rewards(self, arguments: dict[str, Any], minari_home: Path) -> None:
+        """The references are of other rewards; what was done to these comes back."""
+        original = OfflineDataset(**arguments | {"references": (0.0, 10.0)})
+        scaled = original.scale_rewards(10, -5)
+        joined = OfflineDataset.concatenate([original, scaled])
+        for name, dataset in (("scaled", scaled), ("joined", joined)):
+            with pytest.warns(UserWarning, match="rewards are stored as they are now, after scale_rewards") as caught:
+                to_minari(dataset, f"{name}-v0")
+            assert Path(caught[0].filename) == Path(__file__)
+            metadata = json.loads((minari_home / f"{name}-v0/data/metadata.json").read_text())
+            assert not metadata.keys() & {"ref_min_score", "ref_max_score"}
+            np.testing.assert_array_equal(from_minari(f"{name}-v0").rewards, dataset.rewards)
+        assert from_minari("scaled-v0").references is None
+        back = from_minari("scaled-v0", references=(0.0, 10.0))
+        np.testing.assert_allclose(back.normalized_score(), original.normalized_score())
+        with pytest.raises(DatasetError, match="differently scaled"):
+            from_minari("joined-v0", references=(0.0, 10.0)).normalized_score()
+        to_minari(original.scale_rewards(np.float32(2))._replaced(references=None), "narrow-v0")
+        assert from_minari("narrow-v0")._reward_transform == (2.0, 0.0)
+        to_minari(OfflineDataset(**arguments)._replaced(reward_transform=(np.inf, 0.0)), "endless-v0")
+        assert from_minari("endless-v0")._reward_transform is None
+        to_minari(scaled.scale_rewards(0.1, 0.5), "undone-v0")
+        assert from_minari("undone-v0").references == (0.0, 10.0)
+
+    @pytest.mark.parametrize("stored", [1.0, [1.0], [0.0, 1.0], [1.0, None], [True, 1.0], "ab", [float("nan"), 0.0], {}])
+    def test_transform_that_cannot_be(self, golden: OfflineDataset, minari_home: Path, stored: Any) -> None:
+        to_minari(golden, "golden-v0")
+        path = minari_home / "golden-v0/data/metadata.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"cql_plugins_reward_transform": stored}))
+        with pytest.raises(DatasetError, match="expected a scale and a shift in the metadata"):
+            from_minari("golden-v0")
+
     def test_metadata(self, golden: OfflineDataset, minari_home: Path) -> None:
         stored = to_minari(golden, "golden-v0", author="A. Name", description="Two episodes", algorithm_name="by hand")
         metadata = json.loads((minari_home / "golden-v0/data/metadata.json").read_text())
