@@ -1,6 +1,7 @@
 """Reader and writer for Minari data sets."""
 
 import inspect
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ from cql_plugins.adapters.dataset import Episode, OfflineDataset
 
 if TYPE_CHECKING:
     from minari import MinariDataset
+
+_ENDS_IN_VERSION = re.compile(r"[-\w]-v\d+\Z")
 
 
 def from_minari(
@@ -383,7 +386,7 @@ def to_minari(
 
     Args:
         dataset: The data set.
-        dataset_id: Minari id of the form `namespace/name-v0`; must not exist.
+        dataset_id: Minari id of the form `namespace/name-v0`, with the version; must not exist.
         data_format: `hdf5`, `arrow` or `parquet`. HDF5 cannot hold keys with slashes, as `flatten_observations()` makes them.
         algorithm_name: What collected the data.
         author: Who collected the data.
@@ -403,6 +406,7 @@ def to_minari(
     minari = import_minari()
     from minari.storage.datasets_root_dir import get_dataset_path
 
+    check_new_id(dataset_id, dataset_id)
     path = Path(get_dataset_path(dataset_id))
     if path.exists():
         raise DatasetError(
@@ -457,6 +461,19 @@ def to_minari(
             stacklevel=2,
         )
     return stored
+
+
+def check_new_id(dataset_id: str, source: str) -> None:
+    """Refuse an id without a version: Minari reads such data sets, and fails where it is to make one.
+
+    Raises:
+        DatasetError: If the id does not end in a name and `-v` with a number.
+    """
+    if not _ENDS_IN_VERSION.search(dataset_id):
+        raise DatasetError(
+            f"Malformed dataset ID: expected a name that ends in a version, such as 'mine/door-v0', got {dataset_id[:200]!r}",
+            source=source,
+        )
 
 
 def _ask_for_raw_images(minari: Any, dataset: OfflineDataset, dataset_id: str) -> dict[str, bool]:

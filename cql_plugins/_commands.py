@@ -47,7 +47,7 @@ from cql_plugins.adapters._tree import named_leaves
 from cql_plugins.adapters._untrusted import MEMORY_VARIABLE, memory_limit
 from cql_plugins.adapters._validation import Where
 from cql_plugins.adapters.arrays import stem
-from cql_plugins.adapters.minari import import_minari, outermost_missing
+from cql_plugins.adapters.minari import check_new_id, import_minari, outermost_missing
 from cql_plugins.adapters.report import Quantiles, describe_space, number, printable, saturation
 from cql_plugins.adapters.scores import REFERENCE_SCORES
 
@@ -272,7 +272,8 @@ def convert(
         str,
         typer.Argument(
             metavar="TARGET",
-            help="A .hdf5, .h5 or .npz file; else the id of a Minari data set, or a folder that begins with . or / or ~.",
+            help="A .hdf5, .h5 or .npz file; else the id of a Minari data set, such as mine/door-v0, or a folder of such a "
+            "name that begins with . or / or ~.",
             show_default=False,
         ),
     ],
@@ -344,6 +345,7 @@ def _minari_place(target: str) -> tuple[Path, str]:
 
         root, dataset_id = Path(get_dataset_path()).absolute(), target
     check_id(dataset_id, target)
+    check_new_id(dataset_id, target)
     return root, dataset_id
 
 
@@ -438,7 +440,7 @@ class _SeveralReturns(TyperCommand):
         for arg in args:
             if taking and _is_number(arg) and spread[-1] != "--returns":
                 spread.append("--returns")
-            taking = arg == "--returns" or (taking and _is_number(arg))
+            taking = arg == "--returns" or arg.startswith("--returns=") or (taking and _is_number(arg))
             spread.append(arg)
         return super().parse_args(ctx, spread)
 

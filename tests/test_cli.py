@@ -803,6 +803,15 @@ class TestConvert:
         assert tree(minari_home) == {}
         assert [path.name for path in here.iterdir()] == ["start.npz"]
 
+    @pytest.mark.parametrize("target", ["noversion", "made/noversion", "./noversion", "data.npzz"])
+    def test_ids_without_a_version(self, rows: Rows, here: Path, minari_home: Path, target: str) -> None:
+        need("minari")
+        to_npz(_dataset(rows), here / "start.npz")
+        said = flat(run("convert", "start.npz", target, expect="refused").stderr)
+        assert f"{target}: expected an id of words" in said if "z" in target else "such as 'mine/door-v0', got" in said
+        assert tree(minari_home) == {}
+        assert [path.name for path in here.iterdir()] == ["start.npz"]
+
     @pytest.mark.parametrize("data_format", ["arrow", "parquet"])
     def test_minari_s_other_storages(self, rows: Rows, here: Path, data_format: str, assert_same: Any) -> None:
         need("minari")
@@ -871,6 +880,9 @@ class TestScore:
             (["--env-id", "Unknown-v0", "--references", "-10", "10", "--returns", "5", "-20", "1e1"], [75, -50, 100]),
             (["--returns=5", "--references", "0", "10"], [50]),
             (["--returns", "5", "--returns", "-5", "--references", "0", "10"], [50, -50]),
+            (["--returns=5", "6", "-7", "--references", "0", "10"], [50, 60, -70]),
+            (["--returns", "5", "--returns=6", "7", "--references", "0", "10"], [50, 60, 70]),
+            (["--returns=5", "--returns", "6", "7", "--references", "0", "10"], [50, 60, 70]),
         ],
     )
     def test_known_values(self, args: list[str], scores: list[float]) -> None:

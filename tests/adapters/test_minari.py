@@ -393,6 +393,12 @@ class TestToMinari:
             to_minari(golden, dataset_id)
         assert list(minari_home.iterdir()) == []
 
+    @pytest.mark.parametrize("dataset_id", ["noversion", "made/noversion", "v0", "-v0", "made/-v0", "made/thing-v", "x-v0\n"])
+    def test_id_without_a_version(self, golden: OfflineDataset, minari_home: Path, dataset_id: str) -> None:
+        with pytest.raises(DatasetError, match="expected a name that ends in a version, such as 'mine/door-v0', got"):
+            to_minari(golden, dataset_id)
+        assert list(minari_home.iterdir()) == []
+
     def test_unknown_storage(self, golden: OfflineDataset, minari_home: Path) -> None:
         with pytest.raises(DatasetError, match="No storage implemented for csv"):
             to_minari(golden, "golden-v0", data_format="csv")
