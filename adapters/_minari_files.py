@@ -155,6 +155,29 @@ class MinariFiles:
     def _error(self, problem: str, field: str, hint: str | None = None) -> DatasetError:
         return DatasetError(problem, source=self._source, field=field, hint=hint)
 
+    def beside_episodes(self) -> set[str]:
+        """Tell which of `infos`, `seed` and `options` are stored with an episode; for files that `checked` has looked at."""
+        data_format, found = str(self.metadata.get("data_format")), set[str]()
+        episodes = range(self.metadata["total_episodes"])
+        if data_format == "hdf5":
+            import h5py
+
+            with h5py.File(self.folder / _HDF5, "r") as file:
+                for episode in episodes:
+                    group = file[f"episode_{episode}"]
+                    found |= {name.partition("/")[0] for name in group.attrs}  # as in options/goal
+                    found |= {"infos"} if len(group.get("infos", ())) else set()
+        else:
+            import pyarrow.dataset
+
+            for episode in episodes:
+                folder = self.folder / str(episode)
+                if (folder / _METADATA).exists():
+                    found |= set(read_json_object(folder / _METADATA, self._source))
+                columns = pyarrow.dataset.dataset(str(folder), format=data_format, ignore_prefixes=["_", ".", _METADATA])
+                found |= set(columns.schema.names)
+        return found & {"infos", "seed", "options"}
+
     # Data -------------------------------------------------------------------------------------------------------------
 
     def checked(self, dataset: Any) -> Iterator[None]:

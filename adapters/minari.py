@@ -1,5 +1,6 @@
 """Reader and writer for Minari data sets."""
 
+import dataclasses
 import inspect
 import re
 import shutil
@@ -33,6 +34,7 @@ from cql_plugins.adapters._validation import (
 from cql_plugins.adapters.dataset import Episode, OfflineDataset
 
 if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
     from minari import MinariDataset
 
 _ENDS_IN_VERSION = re.compile(r"[-\w]-v\d+\Z")
@@ -174,6 +176,64 @@ def _stored_transform(files: MinariFiles) -> tuple[float, float] | None:
         return 1.0, 0.0
     stored = files.metadata[TRANSFORM]
     return None if stored is None else (float(stored[0]), float(stored[1]))
+
+
+# Beside the transitions -----------------------------------------------------------------------------------------------
+
+_TEXTS, _PERSONS = ("algorithm_name", "code_permalink", "description"), ("author", "author_email")
+_WRITTEN_ANEW = {"total_episodes", "total_steps", "data_format", "jpeg_encoding", "observation_space", "action_space"} | {
+    *("env_spec", "dataset_id", "minari_version", "dataset_size", "ref_min_score", "ref_max_score", TRANSFORM)
+}
+
+
+@dataclasses.dataclass
+class Beside:
+    """What a Minari data set holds beside its transitions.
+
+    Attributes:
+        arguments: What of it `to_minari` takes.
+        metadata: The rest of its metadata, without what is written anew for other files.
+        lost: Names of what no writer takes.
+    """
+
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lost: list[str] = dataclasses.field(default_factory=list)
+
+
+def beside_transitions(id_or_folder: "str | PathLike[str]") -> Beside:
+    """Look up what a Minari data set holds beside its transitions; for files that `from_minari` has read.
+
+    Raises:
+        DatasetError: If the files cannot be read.
+    """
+    minari = import_minari()
+    if isinstance(id_or_folder, str):
+        dataset, files = _load(minari, id_or_folder, download=False)
+    else:
+        dataset, files = _open(minari, Path(id_or_folder) / "data", str(id_or_folder))
+    beside = Beside(lost=_beside_episodes(files, str(dataset.id)))
+    if dataset.env_spec is not None:
+        beside.arguments["env_spec"] = dataset.env_spec
+    for key, value in files.metadata.items():
+        persons = [value] if isinstance(value, str) else value
+        if key in _TEXTS and isinstance(value, str):
+            beside.arguments[key] = value
+        elif key in _PERSONS and isinstance(persons, list) and all(isinstance(person, str) for person in persons):
+            beside.arguments[key] = set(persons)
+        elif key in _TEXTS + _PERSONS:
+            beside.lost.append(f"the metadata's {key}")
+        elif key not in _WRITTEN_ANEW:
+            beside.metadata[key] = value
+    return beside
+
+
+def _beside_episodes(files: MinariFiles, source: str) -> list[str]:
+    """Name what is stored with the episodes beside their transitions."""
+    with parsing("expected episodes that can be read", source):
+        found = files.beside_episodes()
+    names = {"infos": "the infos", "seed": "the seeds", "options": "the reset options"}
+    return [name for key, name in names.items() if key in found]
 
 
 class _GrowingArray:
@@ -372,13 +432,16 @@ def to_minari(
     author_email: str | set[str] | None = None,
     code_permalink: str | None = None,
     description: str | None = None,
+    env_spec: "EnvSpec | None" = None,
     progress: OnProgress | None = None,
 ) -> "MinariDataset":
-    """Store a data set in Minari's standard format, without loss; `from_minari` reads the same transitions back.
+    """Store a data set in Minari's standard format; `from_minari` reads the same transitions back, without loss.
 
-    Images are stored raw, not as JPEG, and refused by name where Minari (0.5.3) can only make JPEGs. The environment's id is
-    stored where Gymnasium knows it, and reference returns where this data set has them. An end that its source did not flag
-    is stored as a truncation.
+    Infos, seeds and reset options of episodes are not stored: an `OfflineDataset` does not hold them.
+
+    Images are stored raw, not as JPEG, and refused by name where Minari (0.5.3) can only make JPEGs. The environment is stored
+    where Gymnasium knows its id or `env_spec` is given, and reference returns where this data set has them. An end that its
+    source did not flag is stored as a truncation.
 
     Rewards are stored as they are now. After `scale_rewards` the reference returns do not fit them and are not stored, with a
     warning: no score is known to Minari then. `from_minari` finds the scale and the shift in the metadata, and undoes them in
@@ -393,6 +456,8 @@ def to_minari(
         author_email: How to reach them.
         code_permalink: Link to the code that collected the data.
         description: Free text.
+        env_spec: The environment, with the arguments it is made with; where None the one that Gymnasium knows by the data
+            set's `env_id`.
         progress: Called with the share of the steps that is handed to Minari, in `[0, 1]`.
 
     Returns:
@@ -430,7 +495,7 @@ def to_minari(
             stored: MinariDataset = minari.create_dataset_from_buffers(
                 dataset_id,
                 buffers,
-                env=_spec_only_env(dataset),
+                env=_spec_only_env(dataset, env_spec),
                 observation_space=dataset.observation_space,
                 action_space=dataset.action_space,
                 algorithm_name=algorithm_name,
@@ -528,7 +593,9 @@ def outermost_missing(path: Path) -> Path:
     return path
 
 
-def _spec_only_env(dataset: OfflineDataset) -> _SpecOnlyEnv | None:
+def _spec_only_env(dataset: OfflineDataset, env_spec: "EnvSpec | None") -> _SpecOnlyEnv | None:
+    if env_spec is not None:
+        return _SpecOnlyEnv(dataset, env_spec)
     if dataset.env_id is None:
         return None
     try:

@@ -47,7 +47,7 @@ from cql_plugins.adapters._tree import named_leaves
 from cql_plugins.adapters._untrusted import MEMORY_VARIABLE, memory_limit
 from cql_plugins.adapters._validation import Where
 from cql_plugins.adapters.arrays import stem
-from cql_plugins.adapters.minari import check_new_id, import_minari, outermost_missing
+from cql_plugins.adapters.minari import Beside, beside_transitions, check_new_id, import_minari, outermost_missing
 from cql_plugins.adapters.report import Quantiles, describe_space, number, printable, saturation
 from cql_plugins.adapters.scores import REFERENCE_SCORES
 
@@ -115,9 +115,10 @@ StorageOption = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """A data set, how it is stored, and what its reader decided."""
+    """A data set, how and where it is stored, and what its reader decided."""
 
     kind: Kind
+    place: str | Path
     dataset: OfflineDataset
     notes: tuple[str, ...]
 
@@ -177,7 +178,7 @@ def _read(source: str, prefer_termination: bool, max_episode_steps: int | None, 
     notes = _notes(caught, ReadingWarning)
     # What a finding says with its consequence.
     notes = [note for note in notes if not note.startswith("inferred from the values") and "episode(s) end with" not in note]
-    return _Read(kind, dataset, tuple(notes))
+    return _Read(kind, place, dataset, tuple(notes))
 
 
 # Showing --------------------------------------------------------------------------------------------------------------
@@ -313,7 +314,13 @@ def convert(
         reading = bar.add_task("reading", total=None)
         read = _read(source, prefer_termination, max_episode_steps, storage)
         dataset = read.dataset if env_id is None else read.dataset._replaced(env_id=env_id)
-        if kind is Kind.MINARI and dataset.env_id is not None:
+        beside = Beside()
+        if read.kind is Kind.MINARI:
+            with _refusals():
+                beside = beside_transitions(read.place)
+        if dataset.env_id != read.dataset.env_id:
+            beside.arguments.pop("env_spec", None)
+        if kind is Kind.MINARI and dataset.env_id is not None and "env_spec" not in beside.arguments:
             _register(dataset.env_id)
         bar.update(reading, total=1, completed=1)
         writing = bar.add_task("writing", total=1)
@@ -328,8 +335,8 @@ def convert(
             elif kind is Kind.NPZ:
                 to_npz(dataset, place, overwrite=force, progress=progress)
             else:
-                _store_in_minari(dataset, root, dataset_id, force, data_format, progress)
-    for note in (*read.notes, *_notes(caught), *_left_out(dataset, kind, place)):
+                _store_in_minari(dataset, beside, root, dataset_id, force, data_format, progress)
+    for note in (*read.notes, *_notes(caught), *_left_out(dataset, beside, kind, place)):
         _say(f"note: {note}")
     typer.echo(f"{place}: {dataset.n_episodes:,} episodes, {len(dataset):,} transitions, {kind}")
 
@@ -350,7 +357,7 @@ def _minari_place(target: str) -> tuple[Path, str]:
 
 
 def _store_in_minari(
-    dataset: OfflineDataset, root: Path, dataset_id: str, force: bool, data_format: str, progress: OnProgress
+    dataset: OfflineDataset, beside: Beside, root: Path, dataset_id: str, force: bool, data_format: str, progress: OnProgress
 ) -> None:
     """Let Minari write into a folder of its own, and give that its place at the end, with the namespaces that are missing."""
     root.mkdir(parents=True, exist_ok=True)
@@ -363,7 +370,9 @@ def _store_in_minari(
     with whole_folder(outermost, replace=force) as folder:
         written = Path(tempfile.mkdtemp(dir=folder, prefix="."))
         with _environment(MINARI_DATASETS_PATH=str(written)):
-            to_minari(dataset, dataset_id, data_format=data_format, progress=progress)
+            stored = to_minari(dataset, dataset_id, data_format=data_format, progress=progress, **beside.arguments)
+            if beside.metadata:
+                stored.storage.update_metadata(beside.metadata)
         for path in (written / outermost.relative_to(root)).iterdir():
             path.rename(folder / path.name)
         shutil.rmtree(written)
@@ -391,16 +400,21 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _left_out(dataset: OfflineDataset, kind: Kind, place: Path) -> Iterator[str]:
+def _left_out(dataset: OfflineDataset, beside: Beside, kind: Kind, place: Path) -> Iterator[str]:
     """Say what the target does not hold, and what it holds now as if it were known."""
+    if beside.lost:
+        yield f"not carried over: {', '.join(beside.lost)}"
     if kind is Kind.MINARI:
         for finding in inferred_spaces(dataset):
             yield f"stored as if it were known: {finding.message}"
-        if dataset.env_id is not None and dataset.env_id not in gym.registry:
+        if dataset.env_id is not None and dataset.env_id not in gym.registry and "env_spec" not in beside.arguments:
             yield f"the environment's id {dataset.env_id} is not stored: it is not registered with Gymnasium here"
         return
     if dataset._reward_transform != (1.0, 0.0):
         yield f"{kind} files do not say that rewards are stored after scale_rewards: scores of them are wrong"
+    metadata = [name for name in (*beside.arguments, *beside.metadata) if name != "env_spec"]
+    if metadata:
+        yield f"{kind} files do not hold the metadata: {', '.join(metadata)}"
     lost = [
         f"{name} {describe_space(space)}"
         for name, space, infer in (

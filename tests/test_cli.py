@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari, from_npz, to_minari, to_npz
 from cql_plugins.adapters._findings import find
@@ -684,6 +686,92 @@ class TestConvert:
         assert "Nowhere-v7 is not stored" in shown
         run("convert", "plain.npz", "made/given-v0", "--env-id", "Pendulum-v1")
         assert from_minari("made/given-v0").env_id == "Pendulum-v1"
+
+    def test_metadata_comes_along(self, rows: Rows, here: Path, minari_home: Path) -> None:
+        need("minari")
+        spec = EnvSpec("Nowhere-v7", entry_point="nowhere:Env", kwargs={"goal": "left"})
+        said = {"algorithm_name": "SAC", "code_permalink": "https://x.y", "description": "mine"}
+        persons = {"author": {"A. Name", "B. Name"}, "author_email": {"a@b"}}
+        stored = to_minari(_dataset(rows, references=(0.0, 9.0)), MINARI_ID, env_spec=spec, **said, **persons)  # type: ignore[arg-type]
+        stored.storage.update_metadata({"requirements": ["mujoco>=3"], "eval_env_spec": spec.to_json(), "note": [1]})
+
+        def metadata(dataset_id: str) -> dict[str, Any]:
+            found: dict[str, Any] = json.loads((minari_home / dataset_id / "data" / "metadata.json").read_text())
+            del found["dataset_id"], found["dataset_size"], found["data_format"]
+            return found | {key: sorted(found[key]) for key in persons}
+
+        before = metadata(MINARI_ID)
+        assert run("convert", MINARI_ID, "made/copy-v3").stderr == ""
+        assert metadata("made/copy-v3") == before
+        if importlib.util.find_spec("pyarrow") is not None:
+            assert run("convert", MINARI_ID, MINARI_ID, "--force", "--data-format", "arrow").stderr == ""
+            assert metadata(MINARI_ID) == before
+        run("convert", MINARI_ID, "made/other-v0", "--env-id", "Pendulum-v1")
+        assert from_minari("made/other-v0").env_id == "Pendulum-v1"
+        told = flat(run("convert", MINARI_ID, "out.npz").stderr)
+        for name in (*said, *persons, "requirements", "eval_env_spec", "note"):
+            assert name in told.partition("npz files do not hold the metadata: ")[2].partition(" cql-plugins:")[0]
+
+    @pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
+    def test_what_episodes_hold_beside_transitions_is_said(self, rows: Rows, here: Path, data_format: str) -> None:
+        need("minari")
+        if data_format != "hdf5":
+            pytest.importorskip("pyarrow")
+        import minari
+        from minari.data_collector.episode_buffer import EpisodeBuffer
+        from minari.dataset._storages import get_storage_keys
+
+        if data_format not in get_storage_keys():
+            pytest.skip(f"this Minari has no storage {data_format}")
+
+        def make(dataset_id: str, *besides: dict[str, Any]) -> None:
+            minari.create_dataset_from_buffers(
+                dataset_id,
+                [
+                    EpisodeBuffer(
+                        observations=np.zeros((4, 2), np.float32),
+                        actions=np.zeros((3, 1), np.float32),
+                        rewards=[0.0, 0.0, 1.0],
+                        terminations=[False, False, True],
+                        truncations=[False] * 3,
+                        **beside,
+                    )
+                    for beside in besides
+                ],
+                observation_space=spaces.Box(-1, 1, (2,)),
+                action_space=spaces.Box(-1, 1, (1,)),
+                data_format=data_format,
+            )
+
+        infos = {"success": np.array([[0], [0], [0], [1]])}  # Of numbers without a shape Minari's Arrow files are not read.
+        for name, besides, expected in (
+            ("none", [{}, {}], ""),
+            # Minari reads columns of Arrow only where all episodes have them.
+            (
+                "infos",
+                [{} if data_format == "hdf5" else {"infos": infos}, {"infos": infos}],
+                "cql-plugins: note: not carried over: the infos",
+            ),
+            ("seed", [{"seed": 7}, {}], "cql-plugins: note: not carried over: the seeds"),
+            (
+                "all",
+                [{"seed": 7, "options": {"goal": 3}, "infos": infos}],
+                "cql-plugins: note: not carried over: the infos, the seeds, the reset options",
+            ),
+        ):
+            make(f"made/{name}-v0", *besides)
+            assert flat(run("convert", f"made/{name}-v0", f"made/{name}-v1").stderr) == expected
+            assert expected in flat(run("convert", f"made/{name}-v0", f"{name}.npz").stderr)
+
+    def test_metadata_that_cannot_be_carried(self, rows: Rows, here: Path, minari_home: Path) -> None:
+        need("minari")
+        to_minari(_dataset(rows), MINARI_ID)
+        path = minari_home / MINARI_ID / "data" / "metadata.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"algorithm_name": 5, "author": [1], "description": None}))
+        told = flat(run("convert", MINARI_ID, "made/copy-v0").stderr)
+        assert told.endswith(
+            "not carried over: the metadata's algorithm_name, the metadata's author, the metadata's description"
+        )
 
     @pytest.mark.filterwarnings("ignore:.*rewards are stored as they are now")
     def test_rewards_stored_after_scaling(self, rows: Rows, here: Path) -> None:

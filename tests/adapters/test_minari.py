@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from cql_plugins.adapters import DatasetError, OfflineDataset, from_minari, to_minari
 
@@ -465,6 +466,13 @@ class TestToMinari:
         monkeypatch.setattr(minari, "create_dataset_from_buffers", refuse)
         with pytest.raises(ImportError, match=r"cql-plugins\[arrow\]"):
             to_minari(golden, "golden-v0", data_format="arrow")
+
+    @pytest.mark.parametrize("env_id", [None, "Pendulum-v1"])
+    def test_environment_that_is_given(self, arguments: dict[str, Any], env_id: str | None) -> None:
+        spec = EnvSpec("Nowhere-v7", entry_point="nowhere:Env", kwargs={"goal": "left"})
+        stored = to_minari(OfflineDataset(**arguments | {"env_id": env_id}), "golden-v0", env_spec=spec)
+        assert stored.env_spec == spec
+        assert from_minari("golden-v0").env_id == "Nowhere-v7"
 
     def test_environment_that_is_not_registered(self, arguments: dict[str, Any]) -> None:
         to_minari(OfflineDataset(**arguments | {"env_id": "Nowhere-v7"}), "golden-v0")
