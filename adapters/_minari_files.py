@@ -35,6 +35,8 @@ from cql_plugins.adapters._validation import DatasetError
 _IDS = re.compile(r"[-\w]+(/[-\w]+)*")
 _METADATA = "metadata.json"
 _HDF5 = "main_data.hdf5"
+TRANSFORM = "cql_plugins_reward_transform"
+"""Key in the metadata: the scale and the shift that rewards were stored after, or null where they differ."""
 
 
 @contextlib.contextmanager
@@ -142,11 +144,39 @@ class MinariFiles:
             score = self.metadata.get(key)
             if score is not None and not (isinstance(score, int | float) and abs(score) <= 1e300):
                 raise self._error(f"expected a finite number in the metadata, got {score!r:.100}", key)
+        transform = self.metadata.get(TRANSFORM)
+        if transform is not None:
+            numbers = transform if isinstance(transform, list) else []
+            if [type(number) for number in numbers] != [float, float] or not all(map(math.isfinite, numbers)) or not numbers[0]:
+                raise self._error(f"expected a scale and a shift in the metadata, got {transform!r:.100}", TRANSFORM)
         if not isinstance(self.metadata.get("jpeg_encoding", True), bool):
             raise self._error("expected true or false in the metadata", "jpeg_encoding")
 
     def _error(self, problem: str, field: str, hint: str | None = None) -> DatasetError:
         return DatasetError(problem, source=self._source, field=field, hint=hint)
+
+    def beside_episodes(self) -> set[str]:
+        """Tell which of `infos`, `seed` and `options` are stored with an episode; for files that `checked` has looked at."""
+        data_format, found = str(self.metadata.get("data_format")), set[str]()
+        episodes = range(self.metadata["total_episodes"])
+        if data_format == "hdf5":
+            import h5py
+
+            with h5py.File(self.folder / _HDF5, "r") as file:
+                for episode in episodes:
+                    group = file[f"episode_{episode}"]
+                    found |= {name.partition("/")[0] for name in group.attrs}  # as in options/goal
+                    found |= {"infos"} if len(group.get("infos", ())) else set()
+        else:
+            import pyarrow.dataset
+
+            for episode in episodes:
+                folder = self.folder / str(episode)
+                if (folder / _METADATA).exists():
+                    found |= set(read_json_object(folder / _METADATA, self._source))
+                columns = pyarrow.dataset.dataset(str(folder), format=data_format, ignore_prefixes=["_", ".", _METADATA])
+                found |= set(columns.schema.names)
+        return found & {"infos", "seed", "options"}
 
     # Data -------------------------------------------------------------------------------------------------------------
 

@@ -582,7 +582,7 @@ def _slashed(tree: Any, name: str, source: str, depth: int = 0) -> Iterator[tupl
                 f"expected keys without slashes, nested at most {MAX_DEPTH} deep, got {key!r}",
                 source=source,
                 field=name,
-                hint="Store it with to_minari, or before flatten_observations",
+                hint='Store it with to_minari and data_format="arrow", or before flatten_observations',
             )
         yield from _slashed(branch, f"{name}/{key}", source, depth + 1)
 

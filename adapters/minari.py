@@ -1,6 +1,8 @@
 """Reader and writer for Minari data sets."""
 
+import dataclasses
 import inspect
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from cql_plugins.adapters._minari_files import MinariFiles, check_id, reading_episode
+from cql_plugins.adapters._minari_files import TRANSFORM, MinariFiles, check_id, reading_episode
 from cql_plugins.adapters._steps import OnProgress, announce
 from cql_plugins.adapters._storage import Allocate, Origin, Storage, check_storage, fingerprint, in_memory, stored
 from cql_plugins.adapters._tree import Array, is_mapped, map_leaves, named_leaves, row_nbytes
@@ -32,7 +34,10 @@ from cql_plugins.adapters._validation import (
 from cql_plugins.adapters.dataset import Episode, OfflineDataset
 
 if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
     from minari import MinariDataset
+
+_ENDS_IN_VERSION = re.compile(r"[-\w]-v\d+\Z")
 
 
 def from_minari(
@@ -105,6 +110,7 @@ def from_minari(
         name=name,
         env_id=None if env_spec is None else env_spec.id,
         references=references or _stored_references(dataset),
+        reward_transform=_stored_transform(files),
     )
 
 
@@ -162,6 +168,72 @@ def _stored_references(dataset: Any) -> tuple[float, float] | None:
     metadata = dataset.storage.metadata
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     return None if low is None or high is None else (float(low), float(high))
+
+
+def _stored_transform(files: MinariFiles) -> tuple[float, float] | None:
+    """Return what `scale_rewards` did before `to_minari`, so that scores undo it; None where it is not one for all."""
+    if TRANSFORM not in files.metadata:
+        return 1.0, 0.0
+    stored = files.metadata[TRANSFORM]
+    return None if stored is None else (float(stored[0]), float(stored[1]))
+
+
+# Beside the transitions -----------------------------------------------------------------------------------------------
+
+_TEXTS, _PERSONS = ("algorithm_name", "code_permalink", "description"), ("author", "author_email")
+_WRITTEN_ANEW = {"total_episodes", "total_steps", "data_format", "jpeg_encoding", "observation_space", "action_space"} | {
+    *("env_spec", "dataset_id", "minari_version", "dataset_size", "ref_min_score", "ref_max_score", TRANSFORM)
+}
+
+
+@dataclasses.dataclass
+class Beside:
+    """What a Minari data set holds beside its transitions.
+
+    Attributes:
+        arguments: What of it `to_minari` takes.
+        metadata: The rest of its metadata, without what is written anew for other files.
+        lost: Names of what no writer takes.
+    """
+
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lost: list[str] = dataclasses.field(default_factory=list)
+
+
+def beside_transitions(id_or_folder: "str | PathLike[str]") -> Beside:
+    """Look up what a Minari data set holds beside its transitions; for files that `from_minari` has read.
+
+    Raises:
+        DatasetError: If the files cannot be read.
+    """
+    minari = import_minari()
+    if isinstance(id_or_folder, str):
+        dataset, files = _load(minari, id_or_folder, download=False)
+    else:
+        dataset, files = _open(minari, Path(id_or_folder) / "data", str(id_or_folder))
+    beside = Beside(lost=_beside_episodes(files, str(dataset.id)))
+    if dataset.env_spec is not None:
+        beside.arguments["env_spec"] = dataset.env_spec
+    for key, value in files.metadata.items():
+        persons = [value] if isinstance(value, str) else value
+        if key in _TEXTS and isinstance(value, str):
+            beside.arguments[key] = value
+        elif key in _PERSONS and isinstance(persons, list) and all(isinstance(person, str) for person in persons):
+            beside.arguments[key] = set(persons)
+        elif key in _TEXTS + _PERSONS:
+            beside.lost.append(f"the metadata's {key}")
+        elif key not in _WRITTEN_ANEW:
+            beside.metadata[key] = value
+    return beside
+
+
+def _beside_episodes(files: MinariFiles, source: str) -> list[str]:
+    """Name what is stored with the episodes beside their transitions."""
+    with parsing("expected episodes that can be read", source):
+        found = files.beside_episodes()
+    names = {"infos": "the infos", "seed": "the seeds", "options": "the reset options"}
+    return [name for key, name in names.items() if key in found]
 
 
 class _GrowingArray:
@@ -360,35 +432,46 @@ def to_minari(
     author_email: str | set[str] | None = None,
     code_permalink: str | None = None,
     description: str | None = None,
+    env_spec: "EnvSpec | None" = None,
     progress: OnProgress | None = None,
 ) -> "MinariDataset":
-    """Store a data set in Minari's standard format, without loss; `from_minari` reads the same transitions back.
+    """Store a data set in Minari's standard format; `from_minari` reads the same transitions back, without loss.
 
-    Images are stored raw, not as JPEG, and refused by name where Minari (0.5.3) can only make JPEGs. The environment's id is
-    stored where Gymnasium knows it, and reference returns where this data set has them. An end that its source did not flag
-    is stored as a truncation.
+    Infos, seeds and reset options of episodes are not stored: an `OfflineDataset` does not hold them.
+
+    Images are stored raw, not as JPEG, and refused by name where Minari (0.5.3) can only make JPEGs. The environment is stored
+    where Gymnasium knows its id or `env_spec` is given, and reference returns where this data set has them. An end that its
+    source did not flag is stored as a truncation.
+
+    Rewards are stored as they are now. After `scale_rewards` the reference returns do not fit them and are not stored, with a
+    warning: no score is known to Minari then. `from_minari` finds the scale and the shift in the metadata, and undoes them in
+    `normalized_score()` where it is given references or looks them up.
 
     Args:
         dataset: The data set.
-        dataset_id: Minari id of the form `namespace/name-v0`; must not exist.
-        data_format: `hdf5`, `arrow` or `parquet`.
+        dataset_id: Minari id of the form `namespace/name-v0`, with the version; must not exist.
+        data_format: `hdf5`, `arrow` or `parquet`. HDF5 cannot hold keys with slashes, as `flatten_observations()` makes them.
         algorithm_name: What collected the data.
         author: Who collected the data.
         author_email: How to reach them.
         code_permalink: Link to the code that collected the data.
         description: Free text.
+        env_spec: The environment, with the arguments it is made with; where None the one that Gymnasium knows by the data
+            set's `env_id`.
         progress: Called with the share of the steps that is handed to Minari, in `[0, 1]`.
 
     Returns:
         The stored `minari.MinariDataset`.
 
     Raises:
-        DatasetError: If the id exists or is malformed, or Minari refuses the data. Nothing is left behind then.
+        DatasetError: If the id exists or is malformed, a key is one that HDF5 cannot hold, or Minari refuses the data.
+            Nothing is left behind then.
         ImportError: If Minari or what its storage needs is not installed.
     """
     minari = import_minari()
     from minari.storage.datasets_root_dir import get_dataset_path
 
+    check_new_id(dataset_id, dataset_id)
     path = Path(get_dataset_path(dataset_id))
     if path.exists():
         raise DatasetError(
@@ -396,6 +479,9 @@ def to_minari(
             source=dataset_id,
             hint="Choose another name or version, or remove it with minari.delete_dataset",
         )
+    if data_format == "hdf5":
+        _check_keys(dataset.observation_space, "observations", dataset_id)
+    as_logged = dataset._reward_transform == (1.0, 0.0)
     raw = _ask_for_raw_images(minari, dataset, dataset_id)
     created = outermost_missing(path)
     space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
@@ -409,7 +495,7 @@ def to_minari(
             stored: MinariDataset = minari.create_dataset_from_buffers(
                 dataset_id,
                 buffers,
-                env=_spec_only_env(dataset),
+                env=_spec_only_env(dataset, env_spec),
                 observation_space=dataset.observation_space,
                 action_space=dataset.action_space,
                 algorithm_name=algorithm_name,
@@ -420,7 +506,9 @@ def to_minari(
                 data_format=data_format,
                 **raw,
             )
-            if dataset.references is not None:
+            if not as_logged:
+                stored.storage.update_metadata({TRANSFORM: _as_numbers(dataset._reward_transform)})
+            elif dataset.references is not None:
                 # Given to the call above, they would make Minari build the environment and run a random policy in it.
                 low, high = dataset.references
                 stored.storage.update_metadata({"ref_min_score": low, "ref_max_score": high})
@@ -431,7 +519,26 @@ def to_minari(
         if isinstance(error, Exception) and not isinstance(error, DatasetError):
             raise DatasetError(f"Minari cannot store it: {error}", source=dataset_id) from error
         raise
+    if not as_logged and dataset.references is not None:
+        warnings.warn(
+            f"{dataset_id}: rewards are stored as they are now, after scale_rewards. The reference returns are not stored: "
+            "they are of the rewards before it, so that no score is known. Score the data set before it is scaled",
+            stacklevel=2,
+        )
     return stored
+
+
+def check_new_id(dataset_id: str, source: str) -> None:
+    """Refuse an id without a version: Minari reads such data sets, and fails where it is to make one.
+
+    Raises:
+        DatasetError: If the id does not end in a name and `-v` with a number.
+    """
+    if not _ENDS_IN_VERSION.search(dataset_id):
+        raise DatasetError(
+            f"Malformed dataset ID: expected a name that ends in a version, such as 'mine/door-v0', got {dataset_id[:200]!r}",
+            source=source,
+        )
 
 
 def _ask_for_raw_images(minari: Any, dataset: OfflineDataset, dataset_id: str) -> dict[str, bool]:
@@ -453,6 +560,28 @@ def _ask_for_raw_images(minari: Any, dataset: OfflineDataset, dataset_id: str) -
     return {}
 
 
+def _check_keys(space: spaces.Space[Any], name: str, dataset_id: str) -> None:
+    """Refuse keys that HDF5 takes for paths: Minari would write groups inside groups, and read none of them back."""
+    if not isinstance(space, spaces.Dict):
+        return
+    for key, subspace in space.spaces.items():
+        if key in ("", ".", "..") or set(key) & {"/", "\0"}:
+            raise DatasetError(
+                f"expected keys that HDF5 can hold, without slashes, got {key!r}",
+                source=dataset_id,
+                field=name,
+                hint='Store it with data_format="arrow" or "parquet", or before flatten_observations',
+            )
+        _check_keys(subspace, f"{name}.{key}", dataset_id)
+
+
+def _as_numbers(transform: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return a scale and a shift as JSON can hold them; None where they can no longer be undone."""
+    if transform is None or not np.isfinite(transform).all() or not transform[0]:
+        return None
+    return float(transform[0]), float(transform[1])
+
+
 def _extra_of(data_format: str) -> str:
     return "minari" if data_format == "hdf5" else "arrow"
 
@@ -464,7 +593,9 @@ def outermost_missing(path: Path) -> Path:
     return path
 
 
-def _spec_only_env(dataset: OfflineDataset) -> _SpecOnlyEnv | None:
+def _spec_only_env(dataset: OfflineDataset, env_spec: "EnvSpec | None") -> _SpecOnlyEnv | None:
+    if env_spec is not None:
+        return _SpecOnlyEnv(dataset, env_spec)
     if dataset.env_id is None:
         return None
     try:

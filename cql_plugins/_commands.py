@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -47,7 +47,7 @@ from cql_plugins.adapters._tree import named_leaves
 from cql_plugins.adapters._untrusted import MEMORY_VARIABLE, memory_limit
 from cql_plugins.adapters._validation import Where
 from cql_plugins.adapters.arrays import stem
-from cql_plugins.adapters.minari import import_minari, outermost_missing
+from cql_plugins.adapters.minari import Beside, beside_transitions, check_new_id, import_minari, outermost_missing
 from cql_plugins.adapters.report import Quantiles, describe_space, number, printable, saturation
 from cql_plugins.adapters.scores import REFERENCE_SCORES
 
@@ -115,9 +115,10 @@ StorageOption = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """A data set, how it is stored, and what its reader decided."""
+    """A data set, how and where it is stored, and what its reader decided."""
 
     kind: Kind
+    place: str | Path
     dataset: OfflineDataset
     notes: tuple[str, ...]
 
@@ -143,6 +144,19 @@ def _refusals() -> Iterator[None]:
         _refuse(f"{error or 'out of memory'}. --storage memmap reads data that is larger than memory")
 
 
+def _notes(caught: Iterable[warnings.WarningMessage], sort: type[Warning] = UserWarning) -> list[str]:
+    """Take the notes out of warnings of one sort; the others are warned of again."""
+    notes: list[str] = []
+    for warning in caught:
+        if isinstance(warning.message, ReadingWarning):
+            notes += warning.message.notes
+        elif isinstance(warning.message, sort):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return notes
+
+
 def _read(source: str, prefer_termination: bool, max_episode_steps: int | None, storage: Storage) -> _Read:
     """Read a data set of any kind, or leave with a message."""
     try:
@@ -161,15 +175,10 @@ def _read(source: str, prefer_termination: bool, max_episode_steps: int | None, 
             dataset = from_npz(place, **options)
         else:
             dataset = from_minari(place, **options)
-    notes: list[str] = []
-    for warning in caught:
-        if isinstance(warning.message, ReadingWarning):
-            notes += warning.message.notes
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    notes = _notes(caught, ReadingWarning)
     # What a finding says with its consequence.
     notes = [note for note in notes if not note.startswith("inferred from the values") and "episode(s) end with" not in note]
-    return _Read(kind, dataset, tuple(notes))
+    return _Read(kind, place, dataset, tuple(notes))
 
 
 # Showing --------------------------------------------------------------------------------------------------------------
@@ -264,7 +273,8 @@ def convert(
         str,
         typer.Argument(
             metavar="TARGET",
-            help="A .hdf5, .h5 or .npz file; else the id of a Minari data set, or a folder that begins with . or / or ~.",
+            help="A .hdf5, .h5 or .npz file; else the id of a Minari data set, such as mine/door-v0, or a folder of such a "
+            "name that begins with . or / or ~.",
             show_default=False,
         ),
     ],
@@ -304,7 +314,13 @@ def convert(
         reading = bar.add_task("reading", total=None)
         read = _read(source, prefer_termination, max_episode_steps, storage)
         dataset = read.dataset if env_id is None else read.dataset._replaced(env_id=env_id)
-        if kind is Kind.MINARI and dataset.env_id is not None:
+        beside = Beside()
+        if read.kind is Kind.MINARI:
+            with _refusals():
+                beside = beside_transitions(read.place)
+        if dataset.env_id != read.dataset.env_id:
+            beside.arguments.pop("env_spec", None)
+        if kind is Kind.MINARI and dataset.env_id is not None and "env_spec" not in beside.arguments:
             _register(dataset.env_id)
         bar.update(reading, total=1, completed=1)
         writing = bar.add_task("writing", total=1)
@@ -312,14 +328,15 @@ def convert(
         def progress(share: float) -> None:
             bar.update(writing, completed=share)
 
-        with _refusals():
+        with _refusals(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             if kind is Kind.D4RL:
                 to_d4rl(dataset, place, overwrite=force, progress=progress)
             elif kind is Kind.NPZ:
                 to_npz(dataset, place, overwrite=force, progress=progress)
             else:
-                _store_in_minari(dataset, root, dataset_id, force, data_format, progress)
-    for note in (*read.notes, *_left_out(dataset, kind, place)):
+                _store_in_minari(dataset, beside, root, dataset_id, force, data_format, progress)
+    for note in (*read.notes, *_notes(caught), *_left_out(dataset, beside, kind, place)):
         _say(f"note: {note}")
     typer.echo(f"{place}: {dataset.n_episodes:,} episodes, {len(dataset):,} transitions, {kind}")
 
@@ -335,11 +352,12 @@ def _minari_place(target: str) -> tuple[Path, str]:
 
         root, dataset_id = Path(get_dataset_path()).absolute(), target
     check_id(dataset_id, target)
+    check_new_id(dataset_id, target)
     return root, dataset_id
 
 
 def _store_in_minari(
-    dataset: OfflineDataset, root: Path, dataset_id: str, force: bool, data_format: str, progress: OnProgress
+    dataset: OfflineDataset, beside: Beside, root: Path, dataset_id: str, force: bool, data_format: str, progress: OnProgress
 ) -> None:
     """Let Minari write into a folder of its own, and give that its place at the end, with the namespaces that are missing."""
     root.mkdir(parents=True, exist_ok=True)
@@ -352,7 +370,9 @@ def _store_in_minari(
     with whole_folder(outermost, replace=force) as folder:
         written = Path(tempfile.mkdtemp(dir=folder, prefix="."))
         with _environment(MINARI_DATASETS_PATH=str(written)):
-            to_minari(dataset, dataset_id, data_format=data_format, progress=progress)
+            stored = to_minari(dataset, dataset_id, data_format=data_format, progress=progress, **beside.arguments)
+            if beside.metadata:
+                stored.storage.update_metadata(beside.metadata)
         for path in (written / outermost.relative_to(root)).iterdir():
             path.rename(folder / path.name)
         shutil.rmtree(written)
@@ -380,14 +400,21 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _left_out(dataset: OfflineDataset, kind: Kind, place: Path) -> Iterator[str]:
+def _left_out(dataset: OfflineDataset, beside: Beside, kind: Kind, place: Path) -> Iterator[str]:
     """Say what the target does not hold, and what it holds now as if it were known."""
+    if beside.lost:
+        yield f"not carried over: {', '.join(beside.lost)}"
     if kind is Kind.MINARI:
         for finding in inferred_spaces(dataset):
             yield f"stored as if it were known: {finding.message}"
-        if dataset.env_id is not None and dataset.env_id not in gym.registry:
+        if dataset.env_id is not None and dataset.env_id not in gym.registry and "env_spec" not in beside.arguments:
             yield f"the environment's id {dataset.env_id} is not stored: it is not registered with Gymnasium here"
         return
+    if dataset._reward_transform != (1.0, 0.0):
+        yield f"{kind} files do not say that rewards are stored after scale_rewards: scores of them are wrong"
+    metadata = [name for name in (*beside.arguments, *beside.metadata) if name != "env_spec"]
+    if metadata:
+        yield f"{kind} files do not hold the metadata: {', '.join(metadata)}"
     lost = [
         f"{name} {describe_space(space)}"
         for name, space, infer in (
@@ -427,7 +454,7 @@ class _SeveralReturns(TyperCommand):
         for arg in args:
             if taking and _is_number(arg) and spread[-1] != "--returns":
                 spread.append("--returns")
-            taking = arg == "--returns" or (taking and _is_number(arg))
+            taking = arg == "--returns" or arg.startswith("--returns=") or (taking and _is_number(arg))
             spread.append(arg)
         return super().parse_args(ctx, spread)
 
@@ -465,7 +492,7 @@ def score(
     max_episode_steps: MaxEpisodeSteps = None,
     storage: StorageOption = Storage.MEMORY,
 ) -> None:
-    """Compute D4RL's normalised score: 0 for a random policy, 100 for an expert."""
+    """Compute D4RL's normalised score: 0 for a random policy, 100 for an expert; notes on the reading go to stderr."""
     if references is not None and not (all(map(math.isfinite, references)) and references[0] < references[1]):
         raise typer.BadParameter(
             f"expected two finite numbers, the lower one first, got {references}", param_hint="--references"
@@ -476,14 +503,19 @@ def score(
         raise typer.BadParameter("give a data set, or --returns", param_hint="FILE_OR_ID")
     scale = references or _look_up(dataset_name, "--dataset-name") or _look_up(env_id, "--env-id")
     title = source or dataset_name or env_id or "given references"
-    dataset = None if source is None else _read(source, prefer_termination, max_episode_steps, storage).dataset
+    read = None if source is None else _read(source, prefer_termination, max_episode_steps, storage)
+    dataset = None if read is None else read.dataset
     scale = scale or (dataset.references if dataset else None)
     if scale is None:
         where = "--references LOW HIGH, --env-id or --dataset-name"
         if dataset is None:
             raise typer.BadParameter("no reference returns are given", param_hint=where)
         _refuse(f"{source}: no reference returns are known for {dataset.name!r}. Give {where}")
-    values = returns or ([] if dataset is None else dataset.episode_returns.tolist())
+    values = returns or ([] if dataset is None else _own_returns(dataset))
+    if read is not None and not returns and read.notes:
+        for note in read.notes:
+            _say(f"note: {note}")
+        _say("note: the scores are of the transitions that could be read")
     scores = normalized_score(values, scale).tolist()
     if as_json:
         _print_json({"references": scale, "returns": values, "scores": scores, "mean": float(np.mean(scores))})
@@ -500,6 +532,15 @@ def score(
     console = _console()
     console.print(Text(f"{title}: 0 is a return of {number(scale[0])}, 100 one of {number(scale[1])}"))
     console.print(table)
+
+
+def _own_returns(dataset: OfflineDataset) -> list[float]:
+    """Compute the returns of the episodes, with `scale_rewards` before `to_minari` undone."""
+    if dataset._reward_transform is None:
+        _refuse(f"{dataset.name}: its rewards were stored after different calls of scale_rewards, they have no score")
+    scale, shift = dataset._reward_transform
+    returns: list[float] = ((dataset.episode_returns - shift * dataset.episode_lengths) / scale).tolist()
+    return returns
 
 
 def _look_up(name: str | None, option: str) -> tuple[float, float] | None:

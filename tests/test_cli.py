@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari, from_npz, to_minari, to_npz
 from cql_plugins.adapters._findings import find
@@ -685,6 +687,108 @@ class TestConvert:
         run("convert", "plain.npz", "made/given-v0", "--env-id", "Pendulum-v1")
         assert from_minari("made/given-v0").env_id == "Pendulum-v1"
 
+    def test_metadata_comes_along(self, rows: Rows, here: Path, minari_home: Path) -> None:
+        need("minari")
+        spec = EnvSpec("Nowhere-v7", entry_point="nowhere:Env", kwargs={"goal": "left"})
+        said = {"algorithm_name": "SAC", "code_permalink": "https://x.y", "description": "mine"}
+        persons = {"author": {"A. Name", "B. Name"}, "author_email": {"a@b"}}
+        stored = to_minari(_dataset(rows, references=(0.0, 9.0)), MINARI_ID, env_spec=spec, **said, **persons)  # type: ignore[arg-type]
+        stored.storage.update_metadata({"requirements": ["mujoco>=3"], "eval_env_spec": spec.to_json(), "note": [1]})
+
+        def metadata(dataset_id: str) -> dict[str, Any]:
+            found: dict[str, Any] = json.loads((minari_home / dataset_id / "data" / "metadata.json").read_text())
+            del found["dataset_id"], found["dataset_size"], found["data_format"]
+            return found | {key: sorted(found[key]) for key in persons}
+
+        before = metadata(MINARI_ID)
+        assert run("convert", MINARI_ID, "made/copy-v3").stderr == ""
+        assert metadata("made/copy-v3") == before
+        if importlib.util.find_spec("pyarrow") is not None:
+            assert run("convert", MINARI_ID, MINARI_ID, "--force", "--data-format", "arrow").stderr == ""
+            assert metadata(MINARI_ID) == before
+        run("convert", MINARI_ID, "made/other-v0", "--env-id", "Pendulum-v1")
+        assert from_minari("made/other-v0").env_id == "Pendulum-v1"
+        told = flat(run("convert", MINARI_ID, "out.npz").stderr)
+        for name in (*said, *persons, "requirements", "eval_env_spec", "note"):
+            assert name in told.partition("npz files do not hold the metadata: ")[2].partition(" cql-plugins:")[0]
+
+    @pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
+    def test_what_episodes_hold_beside_transitions_is_said(self, rows: Rows, here: Path, data_format: str) -> None:
+        need("minari")
+        if data_format != "hdf5":
+            pytest.importorskip("pyarrow")
+        import minari
+        from minari.data_collector.episode_buffer import EpisodeBuffer
+        from minari.dataset._storages import get_storage_keys
+
+        if data_format not in get_storage_keys():
+            pytest.skip(f"this Minari has no storage {data_format}")
+
+        def make(dataset_id: str, *besides: dict[str, Any]) -> None:
+            minari.create_dataset_from_buffers(
+                dataset_id,
+                [
+                    EpisodeBuffer(
+                        observations=np.zeros((4, 2), np.float32),
+                        actions=np.zeros((3, 1), np.float32),
+                        rewards=[0.0, 0.0, 1.0],
+                        terminations=[False, False, True],
+                        truncations=[False] * 3,
+                        **beside,
+                    )
+                    for beside in besides
+                ],
+                observation_space=spaces.Box(-1, 1, (2,)),
+                action_space=spaces.Box(-1, 1, (1,)),
+                data_format=data_format,
+            )
+
+        infos = {"success": np.array([[0], [0], [0], [1]])}  # Of numbers without a shape Minari's Arrow files are not read.
+        for name, besides, expected in (
+            ("none", [{}, {}], ""),
+            # Minari reads columns of Arrow only where all episodes have them.
+            (
+                "infos",
+                [{} if data_format == "hdf5" else {"infos": infos}, {"infos": infos}],
+                "cql-plugins: note: not carried over: the infos",
+            ),
+            ("seed", [{"seed": 7}, {}], "cql-plugins: note: not carried over: the seeds"),
+            (
+                "all",
+                [{"seed": 7, "options": {"goal": 3}, "infos": infos}],
+                "cql-plugins: note: not carried over: the infos, the seeds, the reset options",
+            ),
+        ):
+            make(f"made/{name}-v0", *besides)
+            assert flat(run("convert", f"made/{name}-v0", f"made/{name}-v1").stderr) == expected
+            assert expected in flat(run("convert", f"made/{name}-v0", f"{name}.npz").stderr)
+
+    def test_metadata_that_cannot_be_carried(self, rows: Rows, here: Path, minari_home: Path) -> None:
+        need("minari")
+        to_minari(_dataset(rows), MINARI_ID)
+        path = minari_home / MINARI_ID / "data" / "metadata.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"algorithm_name": 5, "author": [1], "description": None}))
+        told = flat(run("convert", MINARI_ID, "made/copy-v0").stderr)
+        assert told.endswith(
+            "not carried over: the metadata's algorithm_name, the metadata's author, the metadata's description"
+        )
+
+    @pytest.mark.filterwarnings("ignore:.*rewards are stored as they are now")
+    def test_rewards_stored_after_scaling(self, rows: Rows, here: Path) -> None:
+        need("minari")
+        original = _dataset(rows, references=(0.0, 10.0))
+        scaled = original.scale_rewards(10, -5)
+        to_minari(scaled, "hopper-medium-v2")  # Its name is known, so references are looked up.
+        own = json.loads(run("score", "hopper-medium-v2", "--references", "0", "10", "--json").stdout)
+        np.testing.assert_allclose(own["scores"], original.normalized_score())
+        said = run("convert", "hopper-medium-v2", "made/copy-v0").stderr
+        assert "note: made/copy-v0: rewards are stored as they are now, after scale_rewards" in flat(said)
+        np.testing.assert_allclose(from_minari("made/copy-v0", references=(0.0, 10.0)).normalized_score(), own["scores"])
+        assert "scores of them are wrong" in flat(run("convert", "made/copy-v0", "copy.npz").stderr)
+        to_minari(OfflineDataset.concatenate([original, scaled]), "made/joined-v0")
+        args = ("score", "made/joined-v0", "--references", "0", "10")
+        assert "they have no score" in run(*args, expect="refused").stderr
+
     def test_what_was_guessed_is_said(self, rows: Rows, here: Path) -> None:
         need("minari")
         rows["actions"] *= 3
@@ -787,6 +891,15 @@ class TestConvert:
         assert tree(minari_home) == {}
         assert [path.name for path in here.iterdir()] == ["start.npz"]
 
+    @pytest.mark.parametrize("target", ["noversion", "made/noversion", "./noversion", "data.npzz"])
+    def test_ids_without_a_version(self, rows: Rows, here: Path, minari_home: Path, target: str) -> None:
+        need("minari")
+        to_npz(_dataset(rows), here / "start.npz")
+        said = flat(run("convert", "start.npz", target, expect="refused").stderr)
+        assert f"{target}: expected an id of words" in said if "z" in target else "such as 'mine/door-v0', got" in said
+        assert tree(minari_home) == {}
+        assert [path.name for path in here.iterdir()] == ["start.npz"]
+
     @pytest.mark.parametrize("data_format", ["arrow", "parquet"])
     def test_minari_s_other_storages(self, rows: Rows, here: Path, data_format: str, assert_same: Any) -> None:
         need("minari")
@@ -855,6 +968,9 @@ class TestScore:
             (["--env-id", "Unknown-v0", "--references", "-10", "10", "--returns", "5", "-20", "1e1"], [75, -50, 100]),
             (["--returns=5", "--references", "0", "10"], [50]),
             (["--returns", "5", "--returns", "-5", "--references", "0", "10"], [50, -50]),
+            (["--returns=5", "6", "-7", "--references", "0", "10"], [50, 60, -70]),
+            (["--returns", "5", "--returns=6", "7", "--references", "0", "10"], [50, 60, 70]),
+            (["--returns=5", "--returns", "6", "7", "--references", "0", "10"], [50, 60, 70]),
         ],
     )
     def test_known_values(self, args: list[str], scores: list[float]) -> None:
@@ -876,6 +992,18 @@ class TestScore:
         given = json.loads(run("score", path, "--returns", "3234.3", "0", "--json").stdout)
         assert given["scores"][0] == pytest.approx(100)
         assert "lower quartile" in run("score", path).stdout
+
+    def test_what_the_reader_left_out_is_said(self, rows: Rows, tmp_path: Path) -> None:
+        path = tmp_path / "data.npz"
+        assert run("score", write_npz(path, rows), "--references", "0", "1").stderr == ""
+        del rows["next_observations"]
+        write_npz(path, rows)
+        for args in ([], ["--json"]):
+            result = run("score", path, "--references", "0", "1", *args)
+            assert "note: 4 transition(s) at the end of truncated episodes were dropped" in result.stderr
+            assert "note: the scores are of the transitions that could be read" in result.stderr
+            assert "note" not in result.stdout
+        assert run("score", path, "--references", "0", "1", "--returns", "2").stderr == "", "nothing of the file is scored"
 
     def test_references_that_are_not_known(self, rows: Rows, tmp_path: Path) -> None:
         path = write_npz(tmp_path / "data.npz", rows)

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from cql_plugins.adapters import DatasetError, OfflineDataset, from_minari, to_minari
 
@@ -308,6 +309,38 @@ class TestToMinari:
         with pytest.raises(AssertionError):
             assert_same(from_minari("golden-v0"), golden)
 
+    def test_scaled_rewards(self, arguments: dict[str, Any], minari_home: Path) -> None:
+        """The references are of other rewards; what was done to these comes back."""
+        original = OfflineDataset(**arguments | {"references": (0.0, 10.0)})
+        scaled = original.scale_rewards(10, -5)
+        joined = OfflineDataset.concatenate([original, scaled])
+        for name, dataset in (("scaled", scaled), ("joined", joined)):
+            with pytest.warns(UserWarning, match="rewards are stored as they are now, after scale_rewards") as caught:
+                to_minari(dataset, f"{name}-v0")
+            assert Path(caught[0].filename) == Path(__file__)
+            metadata = json.loads((minari_home / f"{name}-v0/data/metadata.json").read_text())
+            assert not metadata.keys() & {"ref_min_score", "ref_max_score"}
+            np.testing.assert_array_equal(from_minari(f"{name}-v0").rewards, dataset.rewards)
+        assert from_minari("scaled-v0").references is None
+        back = from_minari("scaled-v0", references=(0.0, 10.0))
+        np.testing.assert_allclose(back.normalized_score(), original.normalized_score())
+        with pytest.raises(DatasetError, match="differently scaled"):
+            from_minari("joined-v0", references=(0.0, 10.0)).normalized_score()
+        to_minari(original.scale_rewards(np.float32(2))._replaced(references=None), "narrow-v0")
+        assert from_minari("narrow-v0")._reward_transform == (2.0, 0.0)
+        to_minari(OfflineDataset(**arguments)._replaced(reward_transform=(np.inf, 0.0)), "endless-v0")
+        assert from_minari("endless-v0")._reward_transform is None
+        to_minari(scaled.scale_rewards(0.1, 0.5), "undone-v0")
+        assert from_minari("undone-v0").references == (0.0, 10.0)
+
+    @pytest.mark.parametrize("stored", [1.0, [1.0], [0.0, 1.0], [1.0, None], [True, 1.0], "ab", [float("nan"), 0.0], {}])
+    def test_transform_that_cannot_be(self, golden: OfflineDataset, minari_home: Path, stored: Any) -> None:
+        to_minari(golden, "golden-v0")
+        path = minari_home / "golden-v0/data/metadata.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"cql_plugins_reward_transform": stored}))
+        with pytest.raises(DatasetError, match="expected a scale and a shift in the metadata"):
+            from_minari("golden-v0")
+
     def test_metadata(self, golden: OfflineDataset, minari_home: Path) -> None:
         stored = to_minari(golden, "golden-v0", author="A. Name", description="Two episodes", algorithm_name="by hand")
         metadata = json.loads((minari_home / "golden-v0/data/metadata.json").read_text())
@@ -321,6 +354,34 @@ class TestToMinari:
         to_minari(OfflineDataset(**arguments), "golden-v0", data_format="arrow")
         assert from_minari("golden-v0").observations.dtype == np.float64
 
+    @pytest.mark.parametrize("data_format", STORAGES)
+    def test_keys_with_slashes(self, arguments: dict[str, Any], minari_home: Path, assert_same: Any, data_format: str) -> None:
+        leaf = spaces.Box(-9, 9, (2,), np.float32)
+        space = spaces.Dict({"goal": spaces.Dict({"kettle": leaf, "light": leaf}), "x": leaf})
+        rows = np.arange(14, dtype=np.float32).reshape(7, 2) / 2
+        seen = {"goal": {"kettle": rows, "light": -rows}, "x": rows}
+        nested = OfflineDataset(**arguments | {"observations": seen, "observation_space": space})
+        flat = nested.flatten_observations()
+        if data_format == "hdf5":
+            message = r"""'observations': expected keys .*, got 'goal/kettle'\. Store it with data_format="arrow" or "parq"""
+            with pytest.raises(DatasetError, match=message):
+                to_minari(flat, "deep/flat-v0")
+            assert list(minari_home.iterdir()) == []
+        else:
+            to_minari(flat, "deep/flat-v0", data_format=data_format)
+            assert_same(from_minari("deep/flat-v0"), flat)
+        to_minari(nested, "deep/nested-v0", data_format=data_format)
+        assert_same(from_minari("deep/nested-v0"), nested)
+
+    @pytest.mark.parametrize("key", ["", ".", "..", "a\0b", "/"])
+    def test_keys_that_hdf5_takes_for_paths(self, arguments: dict[str, Any], minari_home: Path, key: str) -> None:
+        leaf = spaces.Box(-9, 9, (1,), np.float32)
+        seen = {"in": {key: np.zeros((7, 1), np.float32)}}
+        space = spaces.Dict({"in": spaces.Dict({key: leaf})})
+        with pytest.raises(DatasetError, match=r"golden-v0, field 'observations\.in': expected keys that HDF5 can hold"):
+            to_minari(OfflineDataset(**arguments | {"observations": seen, "observation_space": space}), "golden-v0")
+        assert list(minari_home.iterdir()) == []
+
     def test_id_taken(self, golden: OfflineDataset, assert_same: Any) -> None:
         to_minari(golden, "golden-v0")
         with pytest.raises(DatasetError, match="golden-v0: expected an id that is not taken"):
@@ -330,6 +391,12 @@ class TestToMinari:
     @pytest.mark.parametrize("dataset_id", ["no version", "deep/er/no version"])
     def test_malformed_id(self, golden: OfflineDataset, minari_home: Path, dataset_id: str) -> None:
         with pytest.raises(DatasetError, match="Malformed dataset ID"):
+            to_minari(golden, dataset_id)
+        assert list(minari_home.iterdir()) == []
+
+    @pytest.mark.parametrize("dataset_id", ["noversion", "made/noversion", "v0", "-v0", "made/-v0", "made/thing-v", "x-v0\n"])
+    def test_id_without_a_version(self, golden: OfflineDataset, minari_home: Path, dataset_id: str) -> None:
+        with pytest.raises(DatasetError, match="expected a name that ends in a version, such as 'mine/door-v0', got"):
             to_minari(golden, dataset_id)
         assert list(minari_home.iterdir()) == []
 
@@ -399,6 +466,13 @@ class TestToMinari:
         monkeypatch.setattr(minari, "create_dataset_from_buffers", refuse)
         with pytest.raises(ImportError, match=r"cql-plugins\[arrow\]"):
             to_minari(golden, "golden-v0", data_format="arrow")
+
+    @pytest.mark.parametrize("env_id", [None, "Pendulum-v1"])
+    def test_environment_that_is_given(self, arguments: dict[str, Any], env_id: str | None) -> None:
+        spec = EnvSpec("Nowhere-v7", entry_point="nowhere:Env", kwargs={"goal": "left"})
+        stored = to_minari(OfflineDataset(**arguments | {"env_id": env_id}), "golden-v0", env_spec=spec)
+        assert stored.env_spec == spec
+        assert from_minari("golden-v0").env_id == "Nowhere-v7"
 
     def test_environment_that_is_not_registered(self, arguments: dict[str, Any]) -> None:
         to_minari(OfflineDataset(**arguments | {"env_id": "Nowhere-v7"}), "golden-v0")
