@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,22 @@ class Claim:
     positive: bool = True
     margin: float = 0.0
 
+    def _measured(self, runs: list[dict[str, Any]]) -> dict[int, float]:
+        """The quantity by seed; not all runs were fine-tuned online."""
+        measured = {}
+        for run in runs:
+            with suppress(KeyError):
+                measured[run["seed"]] = self.quantity(run)
+        return measured
+
     def decide(self, found: Runs) -> tuple[str, str, int]:
         """Verdict, figure and number of seeds."""
-        runs = {run["seed"]: run for run in found.get(self.arm, [])}
-        others = {run["seed"]: run for run in found.get(self.against, [])} if self.against else runs
-        seeds = sorted(runs.keys() & others.keys())
+        own = self._measured(found.get(self.arm, []))
+        others = self._measured(found.get(self.against, [])) if self.against else dict.fromkeys(own, 0.0)
+        seeds = sorted(own.keys() & others.keys())
         if len(seeds) < 2:
             return "not run", "-", len(seeds)
-        values = [self.quantity(runs[seed]) - (self.quantity(others[seed]) if self.against else 0.0) for seed in seeds]
+        values = [own[seed] - others[seed] for seed in seeds]
         point, low, high = interval(values, "mean")
         sign = 1 if self.positive else -1
         near, far = sorted((sign * low, sign * high))
