@@ -381,9 +381,9 @@ def _point_for(algo: Any, run: Run, n_steps: int) -> ResumePoint | None:
             "steps before the checkpoint, too."
         )
     changed = [
-        f"{name}={run.arguments.get(name)} (was {before})"
+        f"{name}={run.arguments[name]} (was {before})"
         for name, before in point.arguments.items()
-        if run.arguments.get(name) != before
+        if run.arguments.get(name, before) != before  # What is missing altogether is asked for later.
     ]
     if changed:
         warnings.warn(
