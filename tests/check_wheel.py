@@ -1,7 +1,7 @@
 """Checks a built wheel from outside the repository: python tests/check_wheel.py dist/<name>.whl
 
-The wheel must hold every module of the source tree and nothing else, and each module must import from it. A wheel that
-lost `cql_plugins.adapters` passes every test that runs in a checkout, which is why this unpacks the thing itself.
+The wheel must hold every module of the source tree, its settings and nothing else, and each module must import from it. A
+wheel that lost `cql_plugins.adapters` passes every test that runs in a checkout, which is why this unpacks the thing itself.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ for name in sys.argv[2:]:
 
 
 def expected_files() -> set[str]:
-    """The paths, as a wheel writes them, of all modules and type markers in the source tree."""
+    """The paths, as a wheel writes them, of all modules, type markers and settings in the source tree."""
     found = set()
     for source, inside in (
         (REPO_ROOT / "cql_plugins", "cql_plugins"),
         (REPO_ROOT / "adapters", "cql_plugins/adapters"),
     ):
-        for path in (*source.rglob("*.py"), *source.rglob("py.typed")):
+        for path in (path for kind in ("*.py", "py.typed", "*.yml") for path in source.rglob(kind)):
             relative = path.relative_to(source)
             # Whether rglob walks through the link depends on the Python version; its files come in the second turn.
             if source.name == "adapters" or relative.parts[0] != "adapters":

@@ -190,3 +190,15 @@ class TestAdaptersFolder:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode != 0
         assert "missing ['cql_plugins/adapters/" in done.stderr
+
+    def test_wheel_check_knows_every_file(self, repo_root: Path) -> None:
+        """A file of a new kind is in the wheel, and the check would take it for a stray one."""
+        command = [sys.executable, "-c", "from check_wheel import expected_files; print(*expected_files(), sep='\\n')"]
+        done = subprocess.run(command, cwd=repo_root / "tests", capture_output=True, text=True, check=True)
+        here = {
+            f"{'cql_plugins/' if folder == 'adapters' else ''}{path.relative_to(repo_root).as_posix()}"
+            for folder in ("cql_plugins", "adapters")
+            for path in (repo_root / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+        assert here == set(done.stdout.split())
