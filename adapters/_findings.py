@@ -97,9 +97,9 @@ def _scale(dataset: "OfflineDataset", gamma: float) -> Iterator[Finding]:
         )
     yield Finding(
         "high-returns",
-        f"the returns-to-go average {number(mean)} with gamma {number(gamma)}, and new critics start near 0: they rose by 10 "
-        "to 40 in 1,000 gradient steps on the sets that were tried. Until they are there, Cal-QL's bound holds up nearly all "
-        f"that CQL pushes down (train/bound_rate near 1), and the policy goes where SAC's would. {remedy}",
+        f"the returns-to-go average {number(mean)} with gamma {number(gamma)}, and new critics start near 0: Cal-QL's rose by "
+        "some 10 to 40 in 1,000 gradient steps on PointMaze and door-human. Until they are there, its bound holds up nearly "
+        f"all that CQL pushes down (train/bound_rate near 1), and the policy goes where SAC's would. {remedy}",
     )
 
 

@@ -219,13 +219,11 @@ def infer_observation_space(observations: Any, field: str, where: Where) -> spac
 def _with_followers(space: spaces.Space[Any], followers: Any, field: str, where: Where) -> spaces.Space[Any]:
     """Widen Discrete spaces by what only comes last in an episode; what does not fit in other ways is refused later."""
     if isinstance(space, spaces.Dict) and isinstance(followers, Mapping):
-        known = space.items()
-        return spaces.Dict(
-            {
-                key: _with_followers(one, followers[key], f"{field}.{key}", where) if key in followers else one
-                for key, one in known
-            }
-        )
+        widened = {
+            key: _with_followers(one, followers[key], f"{field}.{key}", where) if key in followers else one
+            for key, one in space.items()
+        }
+        return spaces.Dict(widened)
     if isinstance(space, spaces.Discrete):
         shape, dtype = _shape_and_dtype(followers, field, where)
         if len(shape) == 1 and dtype.kind in "iu":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,11 @@ class Claim:
         """The quantity by seed; not all runs were fine-tuned online."""
         measured = {}
         for run in runs:
-            with suppress(KeyError):
+            try:
                 measured[run["seed"]] = self.quantity(run)
+            except KeyError as missing:
+                if missing.args != ("online",):
+                    raise
         return measured
 
     def decide(self, found: Runs) -> tuple[str, str, int]:

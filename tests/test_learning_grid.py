@@ -226,8 +226,10 @@ def test_verdicts(learning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
     assert verdict([-1.0, 2.0])[0] == verdict([-1.0, 2.0], positive=False)[0] == "undecided"
     assert verdict([1.0])[::2] == ("not run", 1)
     assert verdict([5.0, 5.0, 9.0], [1.0, 2.0]) == ("holds", "3.50 [3.00, 4.00] u", 2), "seeds that both have"
-    tuned = [{"seed": seed, "x": 1.0} for seed in range(3)] + [{"seed": 3}]
-    assert claims.Claim("", "", "", "a", lambda run: run["x"], "u").decide({"a": tuned})[2] == 3, "not all were fine-tuned"
+    tuned = [{"seed": seed, "online": 1.0} for seed in range(3)] + [{"seed": 3}]
+    assert claims.Claim("", "", "", "a", lambda run: run["online"], "u").decide({"a": tuned})[2] == 3, "not all were fine-tuned"
+    with pytest.raises(KeyError, match="onlin'"):
+        claims.Claim("", "", "", "a", lambda run: run["onlin"], "u").decide({"a": tuned})
     assert verdict([-4.0, 1.0], margin=5.0)[0] == "holds"
     assert verdict([-6.0, 1.0], margin=5.0)[0] == "undecided"
     assert verdict([-6.0, -7.0], margin=5.0)[0] == "does not hold"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -574,20 +575,16 @@ def _require_buffer(model: OfflineMixin, archive: Archive) -> None:
         raise CheckpointError(
             f"{archive.path} has a {saved['class']}, the model a {type(buffer).__name__}: build it with the same."
         )
-    own = column_arrays(buffer)
-    for name, encoded in saved["columns"].items():
-        theirs = decode(encoded, archive.arrays)
-        if name not in own:
+    if absent := sorted(saved["columns"].keys() - column_arrays(buffer).keys()):
+        raise CheckpointError(
+            f"{archive.path} has {', '.join(absent)} in its replay buffer, the model's has none: build it with the same."
+        )
+    for name, target, source in _columns(buffer, archive):
+        if target.shape[2:] != source.shape[2:] or target.dtype != source.dtype:
             raise CheckpointError(
-                f"{archive.path} has {name} in its replay buffer, the model's has none: build it with the same."
+                f"{archive.path}: a row of {name} of the replay buffer has shape {source.shape[2:]} and type "
+                f"{source.dtype} there, {target.shape[2:]} and {target.dtype} in the model. Build it with the same spaces."
             )
-        pairs = [(own[name][key], theirs[key]) for key in theirs] if isinstance(theirs, dict) else [(own[name], theirs)]
-        for target, source in pairs:
-            if target.shape[2:] != source.shape[2:] or target.dtype != source.dtype:
-                raise CheckpointError(
-                    f"{archive.path}: a row of {name} of the replay buffer has shape {source.shape[2:]} and type "
-                    f"{source.dtype} there, {target.shape[2:]} and {target.dtype} in the model. Build it with the same spaces."
-                )
     is_moved = saved["size"] != [buffer.buffer_size, buffer.n_envs] and not model._buffer_waits_for_env
     if _holds_rows(archive) and is_moved and buffer.optimize_memory_usage:
         raise CheckpointError(
@@ -595,6 +592,16 @@ def _require_buffer(model: OfflineMixin, archive: Archive) -> None:
             f"of {buffer.n_envs} and {buffer.buffer_size}. With optimize_memory_usage=True it cannot be moved, since its rows "
             "are each other's next observations. Keep both."
         )
+
+
+def _columns(buffer: ReplayBuffer, archive: Archive) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Columns of a buffer and of the checkpoint, side by side, with their names."""
+    own = column_arrays(buffer)
+    for name, encoded in archive.document["buffer"]["columns"].items():
+        theirs = decode(encoded, archive.arrays)
+        pairs = [(own[name][key], theirs[key]) for key in theirs] if isinstance(theirs, dict) else [(own[name], theirs)]
+        for target, source in pairs:
+            yield name, target, source
 
 
 def _holds_rows(archive: Archive) -> bool:
@@ -643,13 +650,8 @@ def _empty_like(model: OfflineMixin, buffer: ReplayBuffer, size: int, n_envs: in
 
 def _fill_buffer(buffer: ReplayBuffer, archive: Archive) -> None:
     saved, n_rows = archive.document["buffer"], archive.document["buffer"]["n_rows"]
-    columns = archive.document["buffer"]["columns"]
-    own = column_arrays(buffer)
-    for name, encoded in columns.items():
-        theirs = decode(encoded, archive.arrays)
-        pairs = [(own[name][key], theirs[key]) for key in theirs] if isinstance(theirs, dict) else [(own[name], theirs)]
-        for target, source in pairs:
-            target[:n_rows] = source
+    for _, target, source in _columns(buffer, archive):
+        target[:n_rows] = source
     if saved["infos"] is not None:
         assert isinstance(buffer, HerReplayBuffer)
         buffer.infos[:n_rows] = np.array(decode(saved["infos"], archive.arrays), dtype=object)
