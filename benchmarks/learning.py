@@ -96,7 +96,7 @@ GRIDS = {
         "halfcheetah-replay", ("cql", "cql:layer_norm=True", "cql:n_critics=4,n_target_critics=2"), n_seeds=3
     ),
     "halfcheetah-medium-expert": Grid("halfcheetah-medium-expert", ("cql", "d3rlpy-bc"), n_seeds=3),
-    "door-human": Grid("door-human", CONTINUOUS, online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql"), n_seeds=3),
+    "door-human": Grid("door-human", CONTINUOUS, n_seeds=3),
     "pen-expert": Grid("pen-expert", CONTINUOUS, n_seeds=3),
 }
 
