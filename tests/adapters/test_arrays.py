@@ -66,8 +66,8 @@ class TestFromArrays:
 
     @pytest.mark.parametrize(("before", "after"), [(np.float32, np.float64), (np.float64, np.float32)])
     def test_observations_of_two_widths(self, steps: dict[str, Any], before: type, after: type) -> None:
-        steps["observations"] = (steps["observations"] / 7).astype(before)  # thirds and sevenths differ by width
-        steps["next_observations"] = (steps["next_observations"] / 7).astype(after)
+        for field, dtype in {"observations": before, "next_observations": after}.items():
+            steps[field] = (steps[field].astype(np.float64) / 7).astype(dtype)  # sevenths differ by width
         steps["observation_space"] = spaces.Box(-np.inf, np.inf, (2,), before)
         dataset = from_arrays(**steps)
         assert dataset.offsets.tolist() == [0, 3, 5]
