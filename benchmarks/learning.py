@@ -44,6 +44,8 @@ MODERN = (
     "cql:batch_size=1024,layer_norm=True,learning_rate=2e-3",
 )
 """What a modern CQL might have, and the plain one."""
+DRAWN = ("cql", "cql:cql_n_backward=31")
+"""The exact gradient, and one that goes back through so many drawn actions of a state."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ GRIDS = {
         n_seeds=3,
     ),
     "pendulum-modern": Grid("pendulum", MODERN, n_seeds=3),
+    "pendulum-drawn": Grid("pendulum", DRAWN),
     "bridge": Grid("bridge", (*CONTINUOUS, "cql:cql_variant=pointwise"), online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql")),
     "bridge-weight": Grid("bridge", ("sac", "d3rlpy-bc", *(f"cql:cql_alpha={weight}" for weight in WEIGHTS))),
     "bridge-backup": Grid(
@@ -78,6 +81,7 @@ GRIDS = {
         online=BACKUPS,
     ),
     "bridge-modern": Grid("bridge", MODERN, n_seeds=3),
+    "bridge-drawn": Grid("bridge", DRAWN),
     "bridge-long": Grid("bridge-long", ("cql", "cql:mode_q_backup=True", "ours-d3rlpy-cql", "d3rlpy-cql")),
     "pointmaze": Grid(
         "pointmaze",
@@ -95,6 +99,7 @@ GRIDS = {
     "halfcheetah-modern": Grid(
         "halfcheetah-replay", ("cql", "cql:layer_norm=True", "cql:n_critics=4,n_target_critics=2"), n_seeds=3
     ),
+    "halfcheetah-drawn": Grid("halfcheetah-replay", DRAWN, n_seeds=3),
     "halfcheetah-medium-expert": Grid("halfcheetah-medium-expert", ("cql", "d3rlpy-bc"), n_seeds=3),
     "door-human": Grid("door-human", CONTINUOUS, n_seeds=3),
     "pen-expert": Grid("pen-expert", CONTINUOUS, n_seeds=3),
