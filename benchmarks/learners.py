@@ -79,6 +79,26 @@ def make(arm: str, task: Task, seed: int, precision: str) -> Learner:
     return SB3Learner(name, task, seed, {"precision": precision} | options)
 
 
+class SameStarts(gym.Wrapper[Any, Any, Any, Any]):
+    """Begin the n-th episode of every evaluation in one and the same state, whichever package plays.
+
+    The packages reset more or less often: with one stream of random numbers each would be measured on starts of its own.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], seed: int) -> None:
+        super().__init__(env)
+        self.first = self.next = 1000 * (10 + seed)
+
+    def begin(self) -> None:
+        """The next episode is an evaluation's first."""
+        self.next = self.first
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset to the episode's start; another seed is not looked at."""
+        start, self.next = self.next, self.next + 1
+        return self.env.reset(seed=start, options=options)
+
+
 # Ours, and SB3's SAC ------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +136,8 @@ class SB3Learner:
     def __init__(self, name: str, task: Task, seed: int, options: dict[str, Any]) -> None:
         self.task, self.seed, self.dataset = task, seed, task.load()
         self.env = normalized(make_vec_env(task.make_env, seed=seed), task, training=True)
-        self.eval_env = normalized(make_vec_env(task.make_env, seed=10_000 + seed), task, training=False)
+        self.starts = SameStarts(task.make_env(), seed)
+        self.eval_env = normalized(make_vec_env(lambda: self.starts), task, training=False)
         floor = options.pop("floor", 0.0)
         classes: dict[str, Any] = (
             {"cql": DiscreteCQL, "calql": DiscreteCalQL} if task.is_discrete else {"cql": CQL, "calql": CalQL}
@@ -128,7 +149,8 @@ class SB3Learner:
             task.host | task.common | {"gamma": task.gamma, "batch_size": task.batch_size, "learning_starts": 0} | options
         )
         if task.is_discrete:
-            settings = {"offline_target_update_interval": 200, "exploration_final_eps": 0.05, "train_freq": 1} | settings
+            intervals = {"offline_target_update_interval": 200, "target_update_interval": 200}
+            settings = intervals | {"exploration_final_eps": 0.05, "train_freq": 1} | settings
         self.settings, self.kept = settings | {"floor": floor}, KeepBoundRate()
         settings = dict(settings)
         candidate, policy, nets = candidates.build(settings)
@@ -147,6 +169,7 @@ class SB3Learner:
         self.model.learn(steps, callback=self.kept, reset_num_timesteps=first, log_interval=10**9)
 
     def evaluate(self, n_episodes: int) -> Point:
+        self.starts.begin()
         if self.task.normalize_observations:
             self.eval_env.obs_rms = self.env.obs_rms  # type: ignore[attr-defined]
         bias = value_bias(self.model, self.eval_env, n_episodes, deterministic=True)
@@ -174,7 +197,8 @@ class SACLearner(SB3Learner):
     def __init__(self, task: Task, seed: int, options: dict[str, Any]) -> None:
         self.task, self.seed, self.dataset, self.kept = task, seed, task.load(), KeepBoundRate()
         self.env = normalized(make_vec_env(task.make_env, seed=seed), task, training=True)
-        self.eval_env = normalized(make_vec_env(task.make_env, seed=10_000 + seed), task, training=False)
+        self.starts = SameStarts(task.make_env(), seed)
+        self.eval_env = normalized(make_vec_env(lambda: self.starts), task, training=False)
         self.settings = {"gamma": task.gamma, "batch_size": task.batch_size, **task.host, **options}
         rate = {"learning_rate": task.common["learning_rate"]} if "learning_rate" in task.common else {}
         nets = {"net_arch": list(task.net_arch)}
@@ -227,9 +251,8 @@ class D3RLPyLearner:
         d3rlpy.seed(seed)
         self.algo = self._config(options).create(device="cpu")
         self.algo.build_with_dataset(self.data)
-        self.env, self.eval_env = task.make_env(), task.make_env()
+        self.env, self.eval_env = task.make_env(), SameStarts(task.make_env(), seed)
         self.env.reset(seed=seed)
-        self.eval_env.reset(seed=10_000 + seed)
 
     def _config(self, options: dict[str, Any]) -> Any:
         algos, task = self.algos, self.task
@@ -294,6 +317,7 @@ class D3RLPyLearner:
         )
 
     def evaluate(self, n_episodes: int) -> Point:
+        self.eval_env.begin()
         if self.name == "bc":
             recorder = gym.wrappers.RecordEpisodeStatistics(self.eval_env, buffer_length=n_episodes)
             self.d3rlpy.metrics.evaluate_qlearning_with_environment(self.algo, recorder, n_episodes)

@@ -153,6 +153,41 @@ def test_every_arm_goes_on_from_its_checkpoint(arm: str, learning: ModuleType, t
     assert again.evaluate(1)["returns"] != found["returns"], "it learns on"
 
 
+def test_evaluations_begin_in_the_same_states_whoever_plays(learning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import learners
+    from tasks import TASKS
+
+    starts: list[Any] = []
+    reset = learners.SameStarts.reset
+
+    def watched(self: Any, **kwargs: Any) -> Any:
+        observation, info = reset(self, **kwargs)
+        starts.append(observation.tolist())
+        return observation, info
+
+    monkeypatch.setattr(learners.SameStarts, "reset", watched)
+    found = {}
+    for arm, seed in (("cql", 0), ("sac", 0), ("d3rlpy-cql", 0), ("d3rlpy-bc", 0), ("cql", 1)):
+        learner = learners.make(arm, TASKS["pendulum"], seed, "f32")
+        learner.train(1)
+        for again in range(2):
+            starts.clear()
+            learner.evaluate(2)
+            found[arm, seed, again] = starts[:2]
+    other = found.pop(("cql", 1, 0))
+    assert found.pop(("cql", 1, 1)) == other
+    assert all(those == found["cql", 0, 0] != other for those in found.values())
+
+
+def test_target_networks_of_discrete_arms_are_copied_alike(learning: ModuleType) -> None:
+    import learners
+    from tasks import TASKS
+
+    model = learners.make("cql", TASKS["cartpole"], 0, "f32").model
+    config = learners.make("d3rlpy-cql", TASKS["cartpole"], 0, "f32").algo.config
+    assert model.offline_target_update_interval == model.target_update_interval == config.target_update_interval == 200
+
+
 @pytest.mark.parametrize("arm", ["cql", "calql", "sac", "d3rlpy-cql", "d3rlpy-calql", "d3rlpy-iql", "ours-d3rlpy-cql"])
 def test_settings_of_the_host_reach_everyone(arm: str, learning: ModuleType) -> None:
     import learners
