@@ -91,8 +91,9 @@ def curve(runs: list[dict[str, Any]], name: str, phase: str = "offline") -> tupl
 
 
 def bias(run: dict[str, Any], at: int = -1) -> float:
+    """Predicted minus real return. SAC's critic promises entropy, too; that is left out, since it has hardly learnt it yet."""
     point = run["offline"][at]
-    return float(point["predicted"] - point["actual"] - point.get("entropy", 0.0)) if "predicted" in point else float("nan")
+    return float(point["predicted"] - point["actual"]) if "predicted" in point else float("nan")
 
 
 def tables(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]]) -> str:

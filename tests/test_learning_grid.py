@@ -244,10 +244,7 @@ def test_bfloat16_where_the_processor_has_it(
 def test_verdicts(learning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import claims
 
-    def interval(values: list[float], of: str) -> tuple[float, float, float]:
-        return sum(values) / len(values), min(values), max(values)
-
-    monkeypatch.setattr(claims, "interval", interval)
+    monkeypatch.setattr(claims, "interval", lambda values: (sum(values) / len(values), min(values), max(values)))
 
     def verdict(values: list[float], against: list[float] | None = None, **options: Any) -> tuple[str, str, int]:
         arms = {"a": values, "b": against or []}
@@ -271,6 +268,50 @@ def test_verdicts(learning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
     arms = {arm for grid in learning.GRIDS.values() for arm in grid.arms}
     for claim in claims.claims():
         assert {claim.arm, claim.against or claim.arm} <= arms, claim.text
+
+
+def test_intervals_are_students(learning: ModuleType) -> None:
+    import claims
+
+    mean, low, high = claims.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert high - mean == pytest.approx(mean - low) == pytest.approx(4.30265 / 3**0.5, rel=1e-5)  # of two degrees of freedom
+    assert claims.interval([1.0, 1.0]) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "real", "on_its_way"),
+    [
+        ([0.0, 10.0, 20.0, 30.0], 31.0, True),  # nearly there, a third of it lately
+        ([0.0, 10.0, 20.0, 30.0], 300.0, True),  # far away, and still rising
+        ([0.0, 28.0, 29.0, 30.0], 300.0, False),  # far away, and no longer rising
+        ([0.0, 10.0, 20.0, 30.0], 25.0, False),  # above it, and leaving it
+        ([-150.0, -140.0, -130.0, -120.0], -100.0, True),  # below it, and rising
+        ([-150.0, -102.0, -101.0, -100.96], -100.0, False),  # below it, and there for long
+        ([0.0, -10.0, -20.0, -30.0], -90.0, True),  # from where critics start down to it
+    ],
+)
+def test_levels_of_critics_that_are_on_their_way(
+    predicted: list[float], real: float, on_its_way: bool, learning: ModuleType
+) -> None:
+    import claims
+
+    run = {"seed": 0, "offline": [{"predicted": value, "actual": real} for value in predicted]}
+    runs = [run, run | {"seed": 1}]
+    assert claims.is_on_its_way(runs) == on_its_way
+    level = claims.Claim("", "", "", "a", claims.bias, "u", of_level=True)
+    assert (level.decide({"a": runs})[0] == "not settled") == on_its_way
+    assert claims.Claim("", "", "", "a", claims.bias, "u").decide({"a": runs})[0] in ("holds", "does not hold")
+
+
+def test_a_dip_is_none_where_the_score_only_rises(learning: ModuleType) -> None:
+    import claims
+
+    def run(*scores: float) -> dict[str, Any]:
+        return {"online": [{"score": score} for score in scores]}
+
+    assert claims.dip(run(50.0, 40.0, 60.0)) == 10.0
+    assert claims.dip(run(50.0, 60.0, 70.0)) == 0.0
 
 
 def test_tables_of_the_online_phase_have_the_runs_that_had_one(learning: ModuleType) -> None:
