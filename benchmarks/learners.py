@@ -292,7 +292,7 @@ class D3RLPyLearner:
             "initial_temperature": float(str(task.host.get("ent_coef", "auto_1")).removeprefix("auto_")),
         }
         configs = {"cql": algos.CQLConfig, "calql": algos.CalQLConfig}
-        return configs[self.name](**actor_critic, **conservative, **shared)
+        return configs[self.name](**actor_critic, **(conservative | shared))
 
     def train(self, steps: int) -> None:
         self.algo.fit(self.data, n_steps=steps, n_steps_per_epoch=steps, save_interval=2, **self.quiet)

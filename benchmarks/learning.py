@@ -74,7 +74,10 @@ GRIDS = {
     "pendulum-modern": Grid("pendulum", MODERN, n_seeds=3),
     "pendulum-drawn": Grid("pendulum", DRAWN),
     "bridge": Grid("bridge", (*CONTINUOUS, "cql:cql_variant=pointwise"), online=("cql", "calql", "d3rlpy-cql", "d3rlpy-calql")),
-    "bridge-weight": Grid("bridge", ("sac", "d3rlpy-bc", *(f"cql:cql_alpha={weight}" for weight in WEIGHTS))),
+    "bridge-weight": Grid(
+        "bridge",
+        ("sac", "d3rlpy-bc", *(f"cql:cql_alpha={weight}" for weight in WEIGHTS), "d3rlpy-cql:conservative_weight=10.0"),
+    ),
     "bridge-backup": Grid(
         "bridge",
         (*BACKUPS, "cql:mode_q_backup=True", "ours-d3rlpy-cql", "ours-d3rlpy-cql:mode_q_backup=True", "d3rlpy-cql"),

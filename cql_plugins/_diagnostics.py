@@ -17,6 +17,9 @@ class ValueBias:
         predicted: Mean of ``Q(s, a)``, in the units of the rewards that the model was trained on.
         actual: Mean discounted return from there on.
         entropy: Mean of the discounted entropy bonus that the predicted values include: 0 unless the critic's target has one.
+            It is that of today's policy and coefficient, which a critic contains once it has settled. Until then, as in SAC's
+            first thousands of steps, it can be many times what the critic has learnt, and ``bias`` far off: compare
+            ``predicted`` with ``actual`` there.
         std_error: Of ``bias``, over episodes; NaN where there was one.
         tail: The largest weight ``gamma^k`` that what follows a time-out would have had in ``actual``, where nothing follows.
             With gamma 0.99 it is 0.37 after 100 steps and 4e-5 after 1,000: evaluate in an environment with a longer time

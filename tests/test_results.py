@@ -87,3 +87,4 @@ def test_claims_are_what_the_raw_files_give(publish: ModuleType) -> None:
     import claims
 
     assert claims.decide_all(RESULTS) == (RESULTS / "claims.md").read_text(encoding="utf-8")
+    assert claims.RULE in (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), "the page says how it decides"
