@@ -43,8 +43,9 @@ Model = TypeVar("Model", bound=OfflineMixin)
 _COUNTERS = ("num_timesteps", "exploration_rate", "ep_info_buffer", "ep_success_buffer")
 """Attributes without an underscore that training changes."""
 _NOT_COUNTERS = (
-    "_buffer_waits_for_env", "_custom_logger", "_device_data", "_logger", "_num_timesteps_at_start", "_offline_source",
-    "_random_states", "_sick_listeners", "_stats_window_size", "_total_timesteps", "_vec_normalize_env", "_workspace",
+    "_buffer_waits_for_env", "_captured_steps", "_custom_logger", "_device_data", "_logger", "_num_timesteps_at_start",
+    "_offline_source", "_random_states", "_ranks", "_sick_listeners", "_stats_window_size", "_total_timesteps",
+    "_vec_normalize_env", "_workspace",
 )  # fmt: skip
 _NOT_OPTIONS = ("data_device", "device", "n_envs", "offline_buffer", "seed", "start_time", "tensorboard_log", "verbose")
 _BUFFER_SETTINGS = (

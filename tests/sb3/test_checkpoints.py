@@ -24,6 +24,7 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from cql_plugins._checkpoints import read_archive
 from cql_plugins._env_state import capture_state, restore_state
 from cql_plugins.adapters import OfflineDataset
 from cql_plugins.sb3 import (
@@ -36,7 +37,7 @@ from cql_plugins.sb3 import (
     ResumableEnv,
     load_checkpoint,
 )
-from cql_plugins.sb3.checkpoints import data_identity
+from cql_plugins.sb3.checkpoints import _restore_run, data_identity
 from tests.sb3.conftest import build, collect, corridors, of_contrib, tiny
 
 CQLQRDQN, CQLTQC = of_contrib("CQLQRDQN", "CQLTQC")
@@ -540,6 +541,20 @@ def test_a_run_goes_on_with_its_data_where_it_is_told(tmp_path: Path) -> None:
         model = run.learn_offline(run.resume(build(CQL, seed=1, data_device=device)), collect(), steps)
     assert model._n_offline_steps == 6
     assert model._device_data is not None
+
+
+def test_what_belongs_to_a_process_is_neither_written_nor_read(tmp_path: Path) -> None:
+    """The processes that train together, and recorded steps; older files say that there are none."""
+    run = Checkpoints(tmp_path)
+    model = run.learn_offline(build(CQL, seed=1), collect(), 2)
+    own = {"_ranks": object(), "_captured_steps": object()}
+    archive = read_archive(run.files.paths()[-1])
+    assert not own.keys() & archive.document["counters"].keys()
+    archive.document["counters"] |= dict.fromkeys(own)
+    for name, value in own.items():
+        setattr(model, name, value)
+        _restore_run(model, archive)
+        assert getattr(model, name) is value
 
 
 def test_an_empty_memory_efficient_buffer_needs_no_moving(tmp_path: Path) -> None:
