@@ -129,9 +129,13 @@ class Watch:
             if finding is None:
                 raise
         before.restore()
-        if finding is not None and not finding.tensor.startswith(_BATCH):
+        place = ""
+        if cause is None:
+            finding, place = self._agreed(finding, batch)
+        assert finding is not None
+        if not finding.tensor.startswith(_BATCH):
             self.require_finite_parameters(n)  # Where they are not, nothing that came of them is to blame.
-        self._raise(finding, batch, n + 1, cause)
+        self._raise(finding, place, batch, n + 1, cause)
 
     def _scalars(self) -> dict[str, Any]:
         wrappers = {name: getattr(self.modules, f"{name}_optim", None) for name in _SCALARS}
@@ -143,12 +147,7 @@ class Watch:
         well = _guards.returns_are_well(batch.returns_to_go) and _guards.total_is_finite(_guards.floats(tensors.values()))
         if not well:
             finding = _guards.find(tensors | {f"{_BATCH}.returns_to_go": batch.returns_to_go}, (f"{_BATCH}.returns_to_go",))
-        is_sick = finding is not None
-        if self._is_distributed:  # The rows of one process, but all have to stop.
-            flag = th.tensor([is_sick], dtype=th.int32)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            is_sick = bool(flag)
-        if is_sick:
+        if self._any_process(finding is not None):  # The rows of one process, but all have to stop.
             raise _Found(finding)
 
     def _look_at_gradients(
@@ -164,12 +163,13 @@ class Watch:
         if self._defers:
             self._device_note().look(loss_name, [loss, *gradients])
             return losses
+        finding = None
         if not _guards.total_is_finite([loss, *gradients]):
             names = {id(parameter): key for key, parameter in self._named_parameters()}
             named = {f"{names[id(p)]}.grad": p.grad for p in parameters if p.grad is not None}
             finding = _guards.find({loss_name: loss.reshape(())}) or _guards.find(named)
-            if finding is not None:
-                raise _Found(finding)
+        if self._any_process(finding is not None):  # Gradients are averaged, a loss is one process's own.
+            raise _Found(finding)
         self._stepped.append(name)
         return losses
 
@@ -178,17 +178,30 @@ class Watch:
             for key, parameter in module.named_parameters():
                 yield f"{name}.{key}", parameter
 
+    # Several processes -----------------------------------------------------------------------------------------------
+
+    def _any_process(self, finding: bool) -> bool:
+        """Tell whether it is so in any of the processes, all of which ask at the same points."""
+        if not self._is_distributed:
+            return finding
+        flag = th.tensor([finding], dtype=th.int32, device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _agreed(self, finding: Finding | None, batch: TorchMiniBatch) -> tuple[Finding, str]:
+        """The finding of the first process that has one, and its place in the data; all of them are here."""
+        place = self._place(finding, batch)
+        if self._is_distributed:
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, (finding, place))
+            process, (first, place) = next((i, one) for i, one in enumerate(everyone) if one[0] is not None)
+            finding = first._replace(text=f"on process {process}, {first.text}")
+        assert finding is not None
+        return finding, place
+
     # What went wrong -------------------------------------------------------------------------------------------------
 
-    def _raise(self, finding: Finding | None, batch: TorchMiniBatch, step: int, cause: Exception | None) -> NoReturn:
-        if self._is_distributed and cause is None:
-            everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, (finding, self._place(finding, batch)))
-            process, (found, place) = next((i, one) for i, one in enumerate(everyone) if one[0] is not None)
-            finding = found._replace(text=f"on process {process}, {found.text}")
-        else:
-            place = self._place(finding, batch)
-        assert finding is not None
+    def _raise(self, finding: Finding, place: str, batch: TorchMiniBatch, step: int, cause: Exception | None) -> NoReturn:
         rows, sentences = finding.rows, [f"Gradient step {step}: {finding.text}."]
         if finding.tensor.startswith(_BATCH):
             sentences.append(f"Rows of the batch: {_guards.listed(rows)}.")
@@ -207,8 +220,8 @@ class Watch:
         message = " ".join(sentence for sentence in sentences if sentence)
         error = NonFiniteError(message, step=step, tensor=finding.tensor, rows=rows, stepped=self._stepped)
         _guards.tell(self.listeners, error)
-        if self._is_distributed and cause is None:
-            dist.barrier()  # A launcher ends the first process once another has failed: let it save first.
+        if cause is None:
+            self._any_process(True)  # A launcher ends the first process once another has failed: let it save first.
         raise error from cause
 
     def _place(self, finding: Finding | None, batch: TorchMiniBatch) -> str:
@@ -236,12 +249,23 @@ class Watch:
         metrics = update(batch, n)
         note.end_step()
         self._n_noted += 1
-        if self._n_noted >= _guards.LOOK_INTERVAL or not all(math.isfinite(value) for value in metrics.values()):
+        is_odd = self._any_process(not all(math.isfinite(value) for value in metrics.values()))
+        if is_odd or self._n_noted >= _guards.LOOK_INTERVAL:
             steps, self._n_noted = self._n_noted, 0
-            kinds, good = note.read()
+            kinds, good = self._read(note)
             if kinds:
                 self._raise_late(kinds[0], n + 1 - steps + good + 1)
         return metrics
+
+    def _read(self, note: DeviceNote) -> tuple[list[str], int]:
+        """Read what any of the processes has noted, and how many steps were good in all of them."""
+        kinds, good = note.read()
+        if self._is_distributed:
+            largest = th.tensor([*(name in kinds for name in note.names), -good], dtype=th.int32, device=self.device)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            *flags, bad = largest.tolist()
+            kinds, good = [name for name, flag in zip(note.names, flags, strict=True) if flag], -bad
+        return kinds, good
 
     def _raise_late(self, kind: str, step: int) -> NoReturn:
         finding = self._sick_parameter()
@@ -256,6 +280,7 @@ class Watch:
         names = tuple(name for name, _ in self.modules.get_torch_modules().items())
         error = NonFiniteError(" ".join(sentences), step=step, tensor=kind, stepped=names, is_usable=finding is None)
         _guards.tell(self.listeners, error)
+        self._any_process(True)  # As above.
         raise error
 
     # Parameters and values -------------------------------------------------------------------------------------------

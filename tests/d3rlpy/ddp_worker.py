@@ -12,10 +12,13 @@ import torch as th
 
 import cql_plugins.d3rlpy as room
 from cql_plugins._guards import NonFiniteError
+from cql_plugins.d3rlpy.watch import Watch
 
 import d3rlpy  # isort: skip  (after ours, which imports it without its notice)
 
 STEPS, ROWS, OBSERVATION, ACTION = 50, 32, 3, 2
+LARGE = 1e25
+"""A reward whose square is too large for a float32."""
 
 
 class SharedNoise:
@@ -72,11 +75,11 @@ def batch_of(step: int, rank: int, world_size: int) -> Any:
     )
 
 
-def become_sick(algo: Any, rank: int, world_size: int) -> str:
-    """The second process has a batch that is not finite; both stop."""
+def become_sick(algo: Any, rank: int, world_size: int, reward: float) -> str:
+    """The second process has a batch that is not finite, or one whose loss is not, though its gradient is; both stop."""
     batch = batch_of(STEPS, rank, world_size)
     if rank == 1:
-        batch.rewards[4] = np.nan
+        batch.rewards[4] = reward
     try:
         algo.update(batch)
     except NonFiniteError as error:
@@ -107,8 +110,11 @@ def main(folder: str, steps_of_lagrange: str) -> None:
     assert algo.impl is not None
     algo.impl.save_model(open(os.path.join(folder, f"{world_size}-{rank}.pt"), "wb"))  # noqa: SIM115
     if distributed:
+        texts = [become_sick(algo, rank, world_size, reward) for reward in (np.nan, LARGE)]
+        Watch._defers = True  # type: ignore[assignment, method-assign]  # as on a GPU
+        texts.append(become_sick(algo, rank, world_size, LARGE))
         with open(os.path.join(folder, f"sick-{rank}.txt"), "w") as file:
-            file.write(become_sick(algo, rank, world_size))
+            file.write("\n".join(texts))
         d3rlpy.distributed.destroy_process_group()
 
 

@@ -50,5 +50,7 @@ def test_two_processes_are_one_with_the_doubled_batch(alpha_learning_rate: str, 
     untouched = {key: th.zeros_like(value) for key, value in alone.items()}
     assert largest_difference(untouched, alone) > 1e-2
     for rank in range(2):
-        text = (tmp_path / f"sick-{rank}.txt").read_text()
-        assert text.startswith("Gradient step 51: on process 1, batch.rewards has 1 of 16 values"), text
+        batch, loss, noted = (tmp_path / f"sick-{rank}.txt").read_text().split("\n")
+        assert batch.startswith("Gradient step 51: on process 1, batch.rewards has 1 of 16 values"), batch
+        assert loss.startswith("Gradient step 51: on process 1, critic_loss is inf"), loss
+        assert noted.startswith("Gradient step 51: critic_loss or its gradient is not finite"), noted
