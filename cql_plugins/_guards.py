@@ -171,6 +171,11 @@ class DeviceNote:
         """Count the step where it was good."""
         self._good_steps.add_(1.0).sub_(self._sick)
 
+    @property
+    def is_sick(self) -> bool:
+        """Whether anything was met since the last call of :meth:`read`; waits for the device."""
+        return bool(self._sick)
+
     def read(self) -> tuple[list[str], int]:
         """Wait for the device, and start anew.
 

@@ -235,7 +235,9 @@ class ConservativeMixin(WatchedMixin):
         """
         name = type(self).__name__ if tb_log_name is None else tb_log_name
         with self._own_streams():
-            return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+            super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+            self._look_at_last_steps()
+        return self
 
 
 class CalibratedMixin(ConservativeMixin):

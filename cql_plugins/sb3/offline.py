@@ -444,6 +444,7 @@ class OfflineMixin(OffPolicyAlgorithm):
                         break
                     if log_interval and self.num_timesteps % log_interval == 0:
                         self._dump_offline_logs()
+                self._look_at_last_steps()
                 listener.on_training_end()
                 if self._metrics:
                     self._dump_offline_logs()
@@ -453,6 +454,9 @@ class OfflineMixin(OffPolicyAlgorithm):
                     self._ranks.close()
                     self._ranks = None
         return self
+
+    def _look_at_last_steps(self) -> None:
+        """Look at what steps have left to be looked at, before anyone hears that training has ended; a hook."""
 
     def _check_ranks(self, n_ranks: int) -> None:
         """Refuse what cannot be trained by several processes; a hook for algorithms with more to refuse."""

@@ -1,7 +1,8 @@
 """Watches the gradient steps of an SB3 algorithm: stops at the first number that is not finite, warns of impossible Q-values.
 
 On the CPU every step is checked before it changes anything that could not be taken back. On a GPU a step only notes what it
-meets, and the note is read at log lines and every 100 steps: the host never waits for a single step.
+meets, and the note is read at log lines, every 100 steps, before the model is saved and at the end: the host never waits for a
+single step.
 """
 
 from __future__ import annotations
@@ -253,9 +254,9 @@ class WatchedMixin(OfflineMixin):
         sentences += [kept, _TRY_DATA if finding.tensor.startswith(_BATCH) else _TRY_STEP]
         self._announce(NonFiniteError(" ".join(sentences), step=step, tensor=finding.tensor, rows=rows, stepped=stepped), error)
 
-    def _announce(self, error: NonFiniteError, cause: Exception | None = None) -> NoReturn:
+    def _announce(self, error: NonFiniteError, cause: Exception | None = None, is_alone: bool = False) -> NoReturn:
         _guards.tell(self._sick_listeners, error)
-        if self._ranks is not None and cause is None:
+        if self._ranks is not None and cause is None and not is_alone:
             self._ranks.decision_of_first(True)  # A launcher ends the first rank once another has failed: let it save first.
         raise error from cause
 
@@ -284,15 +285,34 @@ class WatchedMixin(OfflineMixin):
         """Raise where the device has met something, all ranks at the same step."""
         if self._watch.note is None or not self._watch.n_noted:
             return
-        steps, self._watch.n_noted = self._watch.n_noted, 0
-        kinds, good = self._watch.note.read()
+        kinds, left_out = self._take_note()
         if self._ranks is not None:
-            everyone = self._ranks.gather((kinds, good))
-            good = min(one[1] for one in everyone)
-            kinds = [kind for kind in self._watch.note.names if any(kind in one[0] for one in everyone)]
-        if not kinds:
-            return
-        first = self._n_updates - steps + good + 1
+            everyone = self._ranks.gather((kinds, left_out))
+            left_out = max(one[1] for one in everyone)
+            kinds = [kind for kind in self._device_note().names if any(kind in one[0] for one in everyone)]
+        if kinds:
+            self._raise_noted(kinds, left_out)
+
+    def _read_own_note(self) -> None:
+        """Raise where the device has met something; of several ranks the first may be here alone, and only looks."""
+        if self._ranks is None:
+            self._read_note()
+        elif self._watch.note is not None and self._watch.note.is_sick:
+            self._raise_noted(*self._take_note(), is_alone=True)
+
+    def _take_note(self) -> tuple[list[str], int]:
+        """What the device has met since the last call, and how many steps were not good."""
+        note, steps = self._device_note(), self._watch.n_noted
+        self._watch.n_noted = 0
+        kinds, good = note.read()
+        return kinds, steps - good
+
+    def _look_at_last_steps(self) -> None:
+        super()._look_at_last_steps()
+        self._read_note()
+
+    def _raise_noted(self, kinds: Sequence[str], left_out: int, is_alone: bool = False) -> NoReturn:
+        first = self._n_updates - left_out + 1
         self._n_updates = first - 1  # Later ones were left out, or are not worth counting.
         parameters = self._sick_parameter()
         sentences = [f"Gradient step {first}: {kinds[0]} {'or its gradient ' if kinds[0] != _BATCH else ''}is not finite."]
@@ -310,7 +330,7 @@ class WatchedMixin(OfflineMixin):
                 f"On a GPU one looks every {_guards.LOOK_INTERVAL} steps, and by now {parameters.text}: load a checkpoint."
             )
         sentences.append(_TRY_DATA if place or kinds[0] == _BATCH else _TRY_STEP)
-        done = list(self._named_optimizers())[: max(self._watch.note.names.index(kinds[0]) - 1, 0)]
+        done = list(self._named_optimizers())[: max(self._device_note().names.index(kinds[0]) - 1, 0)]
         self._announce(
             NonFiniteError(
                 " ".join(sentences),
@@ -318,7 +338,8 @@ class WatchedMixin(OfflineMixin):
                 tensor=kinds[0],
                 stepped=[*done, "targets"],
                 is_usable=parameters is None,
-            )
+            ),
+            is_alone=is_alone,
         )
 
     # Parameters ------------------------------------------------------------------------------------------------------
@@ -330,11 +351,12 @@ class WatchedMixin(OfflineMixin):
         return _guards.find(tensors)
 
     def require_finite_parameters(self) -> None:
-        """Refuse parameters that are not finite; called at log lines and before the model is saved.
+        """Refuse parameters that are not finite, or that stand still since a step was not; called before the model is saved.
 
         Raises:
             NonFiniteError: If there are some.
         """
+        self._read_own_note()
         finding = self._sick_parameter()
         if finding is not None:
             text = (
@@ -345,7 +367,7 @@ class WatchedMixin(OfflineMixin):
             raise NonFiniteError(text, step=self._n_updates, tensor=finding.tensor, rows=finding.rows, is_usable=False)
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
-        """Save the model, see SB3; one whose parameters are not finite is refused, lest it replace a good one.
+        """Save the model, see SB3; one that is sick is refused, lest it replace a good one.
 
         Args:
             path: See SB3.
@@ -353,7 +375,7 @@ class WatchedMixin(OfflineMixin):
             include: See SB3.
 
         Raises:
-            NonFiniteError: If they are not; ``model.get_parameters()`` still gives them.
+            NonFiniteError: See :meth:`require_finite_parameters`; ``model.get_parameters()`` still gives what there is.
         """
         self.require_finite_parameters()
         super().save(path, exclude, include)

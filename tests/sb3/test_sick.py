@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -391,6 +392,34 @@ def test_a_device_is_asked_at_log_lines(make: Any) -> None:
     with pytest.raises(NonFiniteError, match="Gradient step 3: critic_loss or its gradient"):
         model.learn_offline(model.offline_buffer, 20, log_interval=5)
     assert model._n_offline_steps == 5
+
+
+@pytest.mark.usefixtures("deferred")
+@pytest.mark.filterwarnings("ignore:The state before the failed step is in")
+@pytest.mark.parametrize("end", ["save", "callback", "learn_offline", "learn", "rank"])
+def test_a_device_is_asked_before_a_model_is_saved_and_at_the_end(end: str, make: Any, tmp_path: Path) -> None:
+    """A model that stands still since a step that was not finite looks as healthy as any."""
+    model = make(CQL, precision="bf16", warm_up=0)
+    if end == "rank":
+        model._ranks = SimpleNamespace(average=lambda _: None)  # The others are not there when one saves: they cannot be asked.
+    poison(model, "critic.qf0.2.weight", 5)
+    path = tmp_path / "model.zip"
+    model.train(4, 8)
+    model.save(path)
+    kept = path.read_bytes()
+    data = model.offline_buffer
+    train = {
+        "callback": lambda: model.learn_offline(data, 9, callback=Checkpoints(tmp_path, save_freq=3)),
+        "learn_offline": lambda: model.learn_offline(data, 9, callback=Checkpoints(tmp_path, save_freq=0)),
+        "learn": lambda: model.learn(20, log_interval=1000),
+    }.get(end, lambda: model.train(4, 8) or model.save(path))
+    with pytest.raises(NonFiniteError, match="Gradient step 5: critic_loss or its gradient"):
+        train()
+    assert model._n_updates == 4
+    assert path.read_bytes() == kept
+    assert {file.name.rpartition("_")[0] for file in tmp_path.glob("*_*.zip")} <= {"before_failure_offline"}
+    model._ranks = None
+    model.save(path)  # It was said; the model is the one from before.
 
 
 @pytest.mark.usefixtures("deferred")
