@@ -23,6 +23,7 @@ from cql_plugins import _guards
 from cql_plugins._guards import DeviceNote, Finding, NonFiniteError, QRange, SickListener, Snapshot
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import _reward_limit, _reward_scale
+from cql_plugins.sb3.distributed import Ranks
 from cql_plugins.sb3.offline import OfflineMixin
 
 _UNKNOWN = ("batch.returns_to_go",)
@@ -283,7 +284,7 @@ class WatchedMixin(OfflineMixin):
 
     def _read_note(self) -> None:
         """Raise where the device has met something, all ranks at the same step."""
-        if self._watch.note is None or not self._watch.n_noted:
+        if not self._defers or (self._ranks is None and not self._watch.n_noted):
             return
         kinds, left_out = self._take_note()
         if self._ranks is not None:
@@ -306,6 +307,12 @@ class WatchedMixin(OfflineMixin):
         self._watch.n_noted = 0
         kinds, good = note.read()
         return kinds, steps - good
+
+    def _follow_first_rank(self, ranks: Ranks, **asked: Any) -> None:
+        super()._follow_first_rank(ranks, **asked)
+        if self._defers and not ranks.is_first:
+            self._take_note()  # Of steps that are gone with the parameters.
+        self._read_note()  # From here on all count alike, whatever steps one of them did alone.
 
     def _look_at_last_steps(self) -> None:
         super()._look_at_last_steps()

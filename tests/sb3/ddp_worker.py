@@ -20,6 +20,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from cql_plugins import _guards
 from cql_plugins._guards import NonFiniteError
 from cql_plugins.adapters import OfflineDataset, from_arrays
 from cql_plugins.sb3 import CQL, CQLTQC, CalQL, DiscreteCQL
@@ -281,6 +282,28 @@ def train_sick(rank: int, where: str) -> dict[str, Any]:
     return {"text": "never sick"}
 
 
+def train_noted(rank: int) -> dict[str, Any]:
+    """As on a GPU, with steps that the first rank had done before; then all of them meet what it had met alone."""
+
+    class Noting(CQL):
+        _defers = True
+
+    model = make_model(Noting, precision="bf16")  # with fused optimisers, whose steps can be left out
+    with mock.patch.object(_guards, "LOOK_INTERVAL", 5):
+        if rank == 0:
+            model.train(3, ROWS)
+        model.learn_offline(make_dataset(), STEPS)
+        result: dict[str, Any] = {"after": state_of(model)}
+        if rank == 0:
+            model.offline_buffer.rewards[:] = np.nan
+            model.train(1, ROWS)
+        try:
+            model.learn_offline(model.offline_buffer, STEPS)
+        except NonFiniteError as error:
+            result["text"] = str(error)
+    return result
+
+
 def refusals(rank: int) -> dict[str, str]:
     data = make_dataset()
     env = DummyVecEnv([lambda: gym.make("Pendulum-v1")])
@@ -313,6 +336,7 @@ def main(folder: str) -> None:
     results["apart"] = train_on_given("CalQL", "sgd", rank, size, averages=False)
     results["failure"] = train_with_failure(rank)
     results |= {f"sick {where}": train_sick(rank, where) for where in ("batch", "gradient", "nothing")}
+    results["noted"] = train_noted(rank)
     results["own"], results["own again"] = train_on_own(rank), train_on_own(rank)
     results["noise apart"] = train_on_own(rank, shares_noise=False)
     results["normalized"] = train_normalized()

@@ -187,6 +187,14 @@ def test_a_rank_that_is_sick_stops_all_at_that_step(ranks: list[dict[str, Any]],
     assert all(rank["sick nothing"] == {"text": "never sick"} for rank in ranks)
 
 
+def test_what_one_rank_has_noted_before_is_read_by_all(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["noted"] for rank in ranks)
+    assert distance(first["after"], second["after"]) == 0
+    steps = worker.STEPS + 3
+    assert first["text"].startswith(f"Gradient step {steps + 1}: batch is not finite.")
+    assert second["text"].startswith(f"Gradient step {steps + 1}: batch is not finite.")
+
+
 @pytest.mark.parametrize(
     ("attempt", "said"),
     [
