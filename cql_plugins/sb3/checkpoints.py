@@ -45,7 +45,7 @@ _COUNTERS = ("num_timesteps", "exploration_rate", "ep_info_buffer", "ep_success_
 _NOT_COUNTERS = (
     "_buffer_waits_for_env", "_captured_steps", "_custom_logger", "_device_data", "_logger", "_num_timesteps_at_start",
     "_offline_source", "_random_states", "_ranks", "_sick_listeners", "_stats_window_size", "_total_timesteps",
-    "_vec_normalize_env", "_workspace",
+    "_stop_signals", "_vec_normalize_env", "_workspace",
 )  # fmt: skip
 _NOT_OPTIONS = ("data_device", "device", "n_envs", "offline_buffer", "seed", "start_time", "tensorboard_log", "verbose")
 _BUFFER_SETTINGS = (
@@ -142,7 +142,8 @@ class Checkpoints(BaseCallback):
     ) -> Model:
         """Train offline until the model has done so many gradient steps in all, with checkpoints.
 
-        SIGTERM, and a first SIGINT, end it after the gradient step that runs, with a checkpoint; a second SIGINT at once.
+        SIGTERM, and a first SIGINT, end it after the gradient step that runs, with a checkpoint; a second SIGINT at once. Under
+        ``torchrun`` a signal to any rank ends all of them.
 
         Args:
             model: From :meth:`resume`.
@@ -162,7 +163,11 @@ class Checkpoints(BaseCallback):
         left = gradient_steps - model._n_offline_steps
         with self._signals:
             if left > 0:
-                model.learn_offline(dataset, left, callback=self._with(callback), **kwargs)
+                model._stop_signals = self._signals
+                try:
+                    model.learn_offline(dataset, left, callback=self._with(callback), **kwargs)
+                finally:
+                    model._stop_signals = None
             else:
                 model._restore_online_clock()
                 model.set_offline_data(dataset)
@@ -286,7 +291,7 @@ class Checkpoints(BaseCallback):
         is_told = self._signals.received is not None
         if (is_due or is_told) and self._saved_at != (self._phase, self._clock()):
             self.save()
-        if is_told:
+        if is_told and self._owner._ranks is None:  # Several ranks end together, after the step.
             self._signals.obey()
 
     def save(self) -> Path:

@@ -100,6 +100,21 @@ class Ranks:
         dist.broadcast(flag, src=0, group=self._host)
         return bool(flag)
 
+    def decision(self, goes_on: bool, signal: int) -> tuple[bool, int]:
+        """Get the first rank's decision and any rank's signal; cheap enough for each gradient step.
+
+        Args:
+            goes_on: The other ranks' are ignored.
+            signal: Number of the signal that this rank was sent; 0 for none.
+
+        Returns:
+            Whether to go on, and the largest number.
+        """
+        flags = th.tensor([self.is_first and not goes_on, signal], dtype=th.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._host)
+        stops, received = flags.tolist()
+        return not stops, received
+
     def require_equal(self, **values: Any) -> None:
         """Refuse to go on where the ranks were asked for different things: they would wait for each other.
 

@@ -35,7 +35,7 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from cql_plugins._checkpoints import random_states, set_random_states
+from cql_plugins._checkpoints import StopSignals, random_states, set_random_states
 from cql_plugins._nested import flatten_space
 from cql_plugins.returns import discounted_suffix_sum
 from cql_plugins.sb3.batches import Batch, concatenate
@@ -127,6 +127,8 @@ class OfflineMixin(OffPolicyAlgorithm):
         self._random_states: dict[str, Any] | None = None
         # The processes that train together, during such a `learn_offline`.
         self._ranks: Ranks | None = None
+        # What tells this process to end, while somebody obeys it.
+        self._stop_signals: StopSignals | None = None
         super().__init__(*args, **kwargs)
 
     # Data ------------------------------------------------------------------------------------------------------------
@@ -439,7 +441,7 @@ class OfflineMixin(OffPolicyAlgorithm):
                     listener.update_locals({"self": self, "infos": [], "dones": np.zeros(0, dtype=bool)})
                     goes_on = listener.on_step()
                     if self._ranks is not None:
-                        goes_on = self._ranks.decision_of_first(goes_on)
+                        goes_on = self._decide_together(self._ranks, goes_on)
                     if not goes_on:
                         break
                     if log_interval and self.num_timesteps % log_interval == 0:
@@ -454,6 +456,14 @@ class OfflineMixin(OffPolicyAlgorithm):
                     self._ranks.close()
                     self._ranks = None
         return self
+
+    def _decide_together(self, ranks: Ranks, goes_on: bool) -> bool:
+        """Go on where the first rank's callbacks do and no rank was told to end; all know of a signal afterwards."""
+        signals = self._stop_signals
+        goes_on, received = ranks.decision(goes_on, 0 if signals is None else signals.received or 0)
+        if received and signals is not None:
+            signals.received = received
+        return goes_on and not received
 
     def _look_at_last_steps(self) -> None:
         """Look at what steps have left to be looked at, before anyone hears that training has ended; a hook."""
@@ -646,7 +656,7 @@ class OfflineMixin(OffPolicyAlgorithm):
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["_random_states", "offline_buffer", "_device_data", "_offline_source", "_metrics", "_ranks"]
+        own = ["_random_states", "offline_buffer", "_device_data", "_offline_source", "_metrics", "_ranks", "_stop_signals"]
         return [*super()._excluded_save_params(), *own]
 
 

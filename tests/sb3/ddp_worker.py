@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,10 +24,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from cql_plugins import _guards
 from cql_plugins._guards import NonFiniteError
 from cql_plugins.adapters import OfflineDataset, from_arrays
-from cql_plugins.sb3 import CQL, CQLTQC, CalQL, DiscreteCQL
+from cql_plugins.sb3 import CQL, CQLTQC, CalQL, Checkpoints, DiscreteCQL
 from cql_plugins.sb3.distributed import Ranks
 
 STEPS, ROWS, LOG_INTERVAL = 9, 16, 4
+RUNS = "runs"
+"""Folder of checkpoints that all ranks know."""
 ALGORITHMS: dict[str, type[Any]] = {"CQL": CQL, "CalQL": CalQL, "DiscreteCQL": DiscreteCQL, "CQLTQC": CQLTQC}
 
 
@@ -282,6 +285,32 @@ def train_sick(rank: int, where: str) -> dict[str, Any]:
     return {"text": "never sick"}
 
 
+def checkpoint_of_one(folder: Path) -> None:
+    """What is gone on from by several processes."""
+    Checkpoints(folder).learn_offline(make_model(CalQL, return_tail="bootstrap"), make_dataset(), 3)
+
+
+def resume_and_end(folder: Path, rank: int, told: tuple[int, ...], number: int, step: int) -> dict[str, Any]:
+    """Go on from the newest checkpoint; in some step some ranks are sent a signal."""
+    run = Checkpoints(folder, save_freq=0)
+    model = run.resume(make_model(CalQL, return_tail="bootstrap"))
+    sample = model.sample_batch
+
+    def sampled(size: int) -> Any:
+        if rank in told and model._n_updates == step - 1:
+            os.kill(os.getpid(), number)
+        return sample(size)
+
+    model.sample_batch = sampled
+    end = "finished"
+    try:
+        run.learn_offline(model, make_dataset(), 12)
+    except (SystemExit, KeyboardInterrupt) as error:
+        end = repr(error)
+    returns = th.as_tensor(model.offline_buffer.returns_to_go.copy())
+    return {"end": end, "steps": model._n_offline_steps, "after": state_of(model), "returns": returns}
+
+
 def train_noted(rank: int) -> dict[str, Any]:
     """As on a GPU, with steps that the first rank had done before; then all of them meet what it had met alone."""
 
@@ -337,6 +366,9 @@ def main(folder: str) -> None:
     results["failure"] = train_with_failure(rank)
     results |= {f"sick {where}": train_sick(rank, where) for where in ("batch", "gradient", "nothing")}
     results["noted"] = train_noted(rank)
+    runs = Path(folder, RUNS)
+    results["SIGTERM to one"] = resume_and_end(runs, rank, (1,), signal.SIGTERM, 6)
+    results["SIGINT to all"] = resume_and_end(runs, rank, (0, 1), signal.SIGINT, 9)
     results["own"], results["own again"] = train_on_own(rank), train_on_own(rank)
     results["noise apart"] = train_on_own(rank, shares_noise=False)
     results["normalized"] = train_normalized()

@@ -53,6 +53,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     pytest.importorskip("tensorboard")  # what the worker logs to
     if not th.distributed.is_gloo_available():
         pytest.skip("torch without Gloo")
+    worker.checkpoint_of_one(folder / worker.RUNS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launcher, str(WORKER), str(folder)],
@@ -148,7 +149,7 @@ def test_only_the_first_logs_saves_and_runs_callbacks(ranks: list[dict[str, Any]
     assert (first["calls"], second["calls"]) == (5, 0)
     assert "train/" in first["printed"]
     assert second["printed"] == ""
-    assert {path.name for path in folder.iterdir()} == {"0.pt", "1.pt", "checkpoints0", "tensorboard0"}
+    assert {path.name for path in folder.iterdir()} == {"0.pt", "1.pt", worker.RUNS, "checkpoints0", "tensorboard0"}
     assert {path.name for path in (folder / "checkpoints0").iterdir()} == {"rl_model_2_steps.zip", "rl_model_4_steps.zip"}
 
 
@@ -160,6 +161,20 @@ def test_a_checkpoint_is_a_model_of_one_process(ranks: list[dict[str, Any]], fol
     model = worker.CQL.load(folder / "checkpoints0" / "rl_model_4_steps.zip", device="cpu")
     model.learn_offline(worker.make_dataset(), 1)
     assert model._n_updates == 5
+
+
+# Checkpoints of all ranks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_signal_to_any_rank_ends_all_with_a_checkpoint(ranks: list[dict[str, Any]], folder: Path) -> None:
+    for told, end, step in (("SIGTERM to one", "SystemExit(143)", 6), ("SIGINT to all", "KeyboardInterrupt()", 9)):
+        first, second = (rank[told] for rank in ranks)
+        assert (first["end"], second["end"]) == (end, end)
+        assert (first["steps"], second["steps"]) == (step, step)
+        assert distance(first["after"], second["after"]) == 0
+    steps = [int(path.stem.rpartition("_")[2]) for path in worker.Checkpoints(folder / worker.RUNS).files.paths()]
+    assert steps == [3, 6, 9]
 
 
 # Refusals and failures -------------------------------------------------------------------------------------------------------
