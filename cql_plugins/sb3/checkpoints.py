@@ -534,12 +534,15 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
     document = archive.document
     is_same = _same_environments(model, archive)
     options = _options(model)
-    is_summed_alike = all(document["options"].get(name) == options.get(name) for name in ("gamma", "return_tail"))
+    # Several ranks make one estimate together; only the first of them is here.
+    keeps_returns = model._ranks is None and all(
+        document["options"].get(name) == options.get(name) for name in ("gamma", "return_tail")
+    )
     left_out = {*_NOT_COUNTERS, *(() if is_same else _OF_ENVIRONMENT)}
     for name, value in archive.decoded("counters").items():
         if name not in left_out:
             # Values after truncated ends are estimated anew where they are of another discount.
-            setattr(model, name, True if name == "_tails_are_due" and not is_summed_alike else value)
+            setattr(model, name, True if name == "_tails_are_due" and not keeps_returns else value)
     problems = []
     if document["n_envs"] == model.n_envs:
         if model.env is not None and document["environment"] is not None:
@@ -553,7 +556,7 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
             "the run's were, with the same wrappers."
         )
     returns = archive.decoded("offline_returns")
-    if returns is not None and is_summed_alike and isinstance(model.offline_buffer, ReturnsToGoMixin):
+    if returns is not None and keeps_returns and isinstance(model.offline_buffer, ReturnsToGoMixin):
         model.offline_buffer.returns_to_go[:] = returns.pop("returns_to_go")
         vars(model.offline_buffer).update(returns)
     if not is_same:

@@ -177,6 +177,11 @@ def test_a_signal_to_any_rank_ends_all_with_a_checkpoint(ranks: list[dict[str, A
     assert steps == [3, 6, 9]
 
 
+def test_resumed_ranks_have_one_estimate_of_returns(ranks: list[dict[str, Any]]) -> None:
+    for told in ("SIGTERM to one", "SIGINT to all"):
+        assert th.equal(*(rank[told]["returns"] for rank in ranks))
+
+
 # Refusals and failures -------------------------------------------------------------------------------------------------------
 
 
