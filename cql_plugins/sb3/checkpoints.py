@@ -435,7 +435,7 @@ def _capture_offline_returns(model: OfflineMixin, arrays: Arrays) -> Any:
         return None
     if buffer._return_tail != "bootstrap" and not np.isfinite(buffer._reward_limit):
         return None
-    names = ("returns_to_go", "_reward_limit", "_largest_reward", "returns_version")
+    names = ("returns_to_go", "_reward_limit", "_largest_reward")
     return encode({name: getattr(buffer, name) for name in names}, arrays, "offline_returns")
 
 
@@ -558,6 +558,8 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
     returns = archive.decoded("offline_returns")
     if returns is not None and keeps_returns and isinstance(model.offline_buffer, ReturnsToGoMixin):
         model.offline_buffer.returns_to_go[:] = returns.pop("returns_to_go")
+        # Not the run's count: a copy on a device compares it with the one that it was made at.
+        returns["returns_version"] = model.offline_buffer.returns_version + 1
         vars(model.offline_buffer).update(returns)
     if not is_same:
         model._last_obs = None

@@ -543,6 +543,19 @@ def test_a_run_goes_on_with_its_data_where_it_is_told(tmp_path: Path) -> None:
     assert model._device_data is not None
 
 
+def test_a_used_model_samples_the_returns_of_the_checkpoint(tmp_path: Path) -> None:
+    """Those on a device, too, although both were estimated as often."""
+    data = collect()
+    first, used = (build(CalQL, seed=seed, return_tail="bootstrap", data_device="cpu") for seed in (1, 2))
+    first.learn_offline(data, 3, callback=Checkpoints(tmp_path, save_freq=0))
+    used.learn_offline(data, 3)
+    load_checkpoint(used, next(tmp_path.iterdir()))
+    for model in (first, used):
+        model.learn_offline(data, 1)
+        on_device = model._device_data._columns["returns_to_go"]
+        np.testing.assert_array_equal(first.offline_buffer.returns_to_go, on_device)
+
+
 def test_what_belongs_to_a_process_is_neither_written_nor_read(tmp_path: Path) -> None:
     """The processes that train together, and recorded steps; older files say that there are none."""
     run = Checkpoints(tmp_path)
