@@ -343,7 +343,7 @@ class ConservativeActorCritic(ConservativeMixin):
         return (*super()._step_kind(), cloning, moving)
 
     def _step_tensors(self) -> list[th.Tensor]:
-        more = (self.log_ent_coef, self.log_cql_lagrange)
+        more = (self.log_ent_coef, getattr(self, "ent_coef_tensor", None), self.log_cql_lagrange)
         return [*super()._step_tensors(), *(tensor for tensor in more if tensor is not None)]
 
     # One gradient step, as the paper has it ----------------------------------------------------------------------------

@@ -352,6 +352,18 @@ class TestCapturedSteps:
         model.critic.optimizer.param_groups[0]["lr"] = 1e-5
         assert run() == 5, "rates are read anew by a graph"
 
+    def test_graphs_read_the_entropy_coefficient_that_there_is(self) -> None:
+        model = make_model(CQL, ent_coef=0.2)
+        replay = Replay()
+        steps = CapturedSteps(model._measured_step, model._step_kind, replay.record)
+        model.train(1, 4)
+        for recorded, coefficient in enumerate((model.ent_coef_tensor, th.tensor(0.01)), start=1):
+            model.ent_coef_tensor = coefficient
+            for _ in range(5):
+                steps.require_same(model._step_tensors(), model._all_optimizers())
+                steps(model.sample_batch(4))
+            assert replay.recorded == recorded
+
     def test_dict_observations_are_copied_too(self) -> None:
         model = make_model(CalQL, make_buffer(DictReplayBuffer))
         replay, seen = Replay(), []
