@@ -161,7 +161,7 @@ class OfflineMixin(OffPolicyAlgorithm):
                     )
         elif isinstance(dataset, OfflineData):
             tail = getattr(self, "return_tail", None)
-            source = (weakref.ref(dataset), self.env, self.gamma, tail, self.n_steps, self.device)
+            source = (weakref.ref(dataset), self.env, self.gamma, tail, self.n_steps, self.device, self.data_device)
             if self.offline_buffer is not None and self._offline_source == source:
                 self._fill_normalization()
                 return self

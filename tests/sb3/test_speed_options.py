@@ -634,6 +634,13 @@ class TestDeviceData:
             model.set_offline_data(make_buffer(n_envs=2))
         assert (model.offline_buffer, model._device_data) == before
 
+    def test_can_be_chosen_and_left_later(self, host: Any) -> None:
+        model, data = host.build(CQL), host.collect()
+        for device in (None, "cpu", None):
+            model.data_device = device
+            model.learn_offline(data, 1)
+            assert (model._device_data is None) == (device is None)
+
     def test_mixes_with_online_rows(self, host: Any) -> None:
         env = host.corridors(1)
         model = CalQL("MlpPolicy", env, device="cpu", seed=0, buffer_size=200, batch_size=8, learning_starts=0)
