@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from stable_baselines3.common.utils import set_random_seed
 
 T = TypeVar("T")
+_TIMEOUT = timedelta(minutes=30)
+"""Of a group made here: torch's default for Gloo; the one for NCCL is shorter."""
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torch's ``env://`` reads: torchrun sets them, and so do others. One alone may mean something else."""
 
@@ -36,7 +39,7 @@ class Ranks:
 
     Made, used and closed by all of them at the same points of the program. Where there is no process group yet, one is made as
     the launcher says: Gloo for a model on the CPU, NCCL for one on a GPU. It outlives this object: a second one under the same
-    launcher could not be made.
+    launcher could not be made. Ranks wait for each other as long as that group says.
 
     Args:
         device: Of the model. With NCCL each rank needs a GPU of its own.
@@ -51,12 +54,12 @@ class Ranks:
 
     def __init__(self, device: th.device) -> None:
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._device = device
         # A group of this run's own, on the host: its messages do not wait for a GPU, and a rank that fails closes it, so that
         # the others fail at once instead of waiting for the missing one.
-        self._host: Any = dist.new_group(backend="gloo")
+        self._host: Any = dist.new_group(backend="gloo", timeout=_timeout_of(dist.group.WORLD))
         self._tensors: Any = dist.group.WORLD if device.type == "cuda" else self._host
         if device.type == "cuda" and "nccl" in dist.get_backend_config():
             refuse_shared_gpus(self.gather(str(th.cuda.get_device_properties(device).uuid)))
@@ -184,6 +187,14 @@ class Ranks:
 
     def _stream(self, *key: int) -> int:
         return int(np.random.SeedSequence(self._seed, spawn_key=key).generate_state(1)[0])
+
+
+def _timeout_of(group: Any) -> timedelta:
+    """How long the processes of a group wait for each other; torch has no public way to ask."""
+    device = next(iter(group._device_types))
+    options = getattr(group._get_backend(device), "options", None)
+    timeout: timedelta = getattr(options, "_timeout", _TIMEOUT)
+    return timeout
 
 
 def refuse_shared_gpus(gpus: Sequence[str]) -> None:

@@ -392,9 +392,10 @@ class OfflineMixin(OffPolicyAlgorithm):
         rank 0 counts: parameters, optimisers and counters are copied from it, then every rank draws ``batch_size / ranks``
         transitions and noise of its own, and gradients are averaged: the parameters stay equal on all ranks. What is logged is
         the mean over ranks. Only rank 0 logs, shows progress and runs callbacks; the others go as far as those let it. A rank
-        that fails makes the others fail, at the latest when the timeout of its group is over (30 minutes by torch's default),
-        which is also what a callback may take. ``device`` stays what the model was built with: on GPUs pass
-        ``f"cuda:{os.environ['LOCAL_RANK']}"``. Running statistics of batch normalisation stay each rank's own.
+        that fails makes the others fail, at the latest when the timeout of the process group is over, which is also what a
+        callback may take: 30 minutes in a group that is made here; for more call ``init_process_group(timeout=...)`` before.
+        ``device`` stays what the model was built with: on GPUs pass ``f"cuda:{os.environ['LOCAL_RANK']}"``. Running statistics
+        of batch normalisation stay each rank's own.
 
         Args:
             dataset: An ``OfflineDataset``, or an SB3 replay buffer; kept for ``learn`` to mix in.

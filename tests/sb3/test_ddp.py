@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch as th
 
-from cql_plugins.sb3.distributed import refuse_shared_gpus, world_size
+from cql_plugins.sb3.distributed import Ranks, refuse_shared_gpus, world_size
 
 pytest.importorskip("sb3_contrib")
 
@@ -233,6 +234,18 @@ def test_a_gpu_for_each_rank() -> None:
     refuse_shared_gpus(["GPU-a", "GPU-b"])
     with pytest.raises(ValueError, match=r"device=f\"cuda:\{os.environ\['LOCAL_RANK'\]\}\""):
         refuse_shared_gpus(["GPU-a", "GPU-b", "GPU-a"])
+
+
+@pytest.mark.skipif(not th.distributed.is_gloo_available(), reason="torch without Gloo")
+def test_ranks_wait_as_long_as_the_group_of_the_user(tmp_path: Path) -> None:
+    timeout = timedelta(hours=5)
+    th.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, timeout=timeout)
+    try:
+        ranks = Ranks(th.device("cpu"))
+        assert ranks._host._get_backend(th.device("cpu")).options._timeout == timeout
+        ranks.close()
+    finally:
+        th.distributed.destroy_process_group()
 
 
 def test_one_process_alone_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
