@@ -78,8 +78,8 @@ class OfflineMixin(OffPolicyAlgorithm):
     Args:
         *args: See the base class, as all keyword arguments but these.
         offline_fraction: Share of each online batch that comes from the dataset, or ``"proportional"`` to the sizes.
-        data_device: Where to keep and sample the dataset, ``"cuda"`` for a GPU that it fits on; ``None`` for its replay buffer
-            in the host's memory. Batches are drawn with that device's random generator.
+        data_device: Where to keep and sample the dataset, ``"cuda"`` for the model's GPU where it fits on it; ``None`` for its
+            replay buffer in the host's memory. Batches are drawn with that device's random generator.
         **kwargs: See the base class.
 
     Raises:
@@ -199,6 +199,13 @@ class OfflineMixin(OffPolicyAlgorithm):
                 stacklevel=3,
             )
             return None
+        if device == th.device("cuda") and self.device.type == "cuda":
+            device = self.device  # The current GPU is the first one, in every process of torchrun.
+        if device.type == "cuda" and (device.index or 0) >= (n_gpus := th.cuda.device_count()):
+            raise ValueError(
+                f"data_device={self.data_device!r} is not there: expected one of cuda:0 to cuda:{n_gpus - 1}. Set "
+                "model.data_device = 'cuda' for the model's own GPU, or None for the host's memory."
+            )
         if buffer is self.replay_buffer:
             raise ValueError(
                 "data_device is for data that does not grow, and this is the model's own replay buffer: set it to None."

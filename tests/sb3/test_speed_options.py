@@ -627,6 +627,20 @@ class TestDeviceData:
             model = make_model(CQL, data_device="cuda")
         model.train(1, 16)
 
+    def test_gpus_by_number_and_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On two GPUs that are not there: what is asked of them."""
+        monkeypatch.setattr(th.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(th.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr("cql_plugins.sb3.offline.DeviceData", lambda _, device: device)
+        model = make_model(CQL)
+        model.device = th.device("cuda:1")
+        for asked, device in (("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+            model.data_device = asked
+            assert model._place_on_device(model.offline_buffer, th.device(asked)) == th.device(device)
+        model.data_device = "cuda:2"
+        with pytest.raises(ValueError, match="data_device='cuda:2' is not there: expected one of cuda:0 to cuda:1"):
+            model._place_on_device(model.offline_buffer, th.device("cuda:2"))
+
     def test_refused_data_leave_the_old_ones(self) -> None:
         model = make_model(CQL, data_device="cpu")
         before = model.offline_buffer, model._device_data
