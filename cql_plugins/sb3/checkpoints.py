@@ -34,20 +34,17 @@ from cql_plugins._checkpoints import (
 )
 from cql_plugins._env_state import capture_state, restore_state
 from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
-from cql_plugins.sb3.offline import OfflineData, OfflineMixin
+from cql_plugins.sb3.offline import COUNTERS, OfflineData, OfflineMixin, options_of
 from cql_plugins.sb3.rearrange import column_arrays, refill
 from cql_plugins.sb3.watch import WatchedMixin
 
 Model = TypeVar("Model", bound=OfflineMixin)
 
-_COUNTERS = ("num_timesteps", "exploration_rate", "ep_info_buffer", "ep_success_buffer")
-"""Attributes without an underscore that training changes."""
 _NOT_COUNTERS = (
     "_buffer_waits_for_env", "_captured_steps", "_custom_logger", "_device_data", "_logger", "_num_timesteps_at_start",
     "_offline_source", "_random_states", "_ranks", "_sick_listeners", "_stats_window_size", "_total_timesteps",
     "_stop_signals", "_vec_normalize_env", "_workspace",
 )  # fmt: skip
-_NOT_OPTIONS = ("data_device", "device", "n_envs", "offline_buffer", "seed", "start_time", "tensorboard_log", "verbose")
 _BUFFER_SETTINGS = (
     "_return_tail", "_returns_gamma", "buffer_size", "gamma", "goal_selection_strategy", "handle_timeout_termination",
     "her_ratio", "n_envs", "n_sampled_goal", "n_steps", "sums_relabelled_rewards",
@@ -337,7 +334,7 @@ def _checkpoint_contents(model: OfflineMixin, phase: str, data: str | None) -> t
     noise, noise_problems = capture_state(model.action_noise, arrays, "action_noise")
     counters = {}
     for name, value in vars(model).items():
-        if name in _COUNTERS or (name.startswith("_") and name not in _NOT_COUNTERS):
+        if name in COUNTERS or (name.startswith("_") and name not in _NOT_COUNTERS):
             try:
                 counters[name] = encode(value, arrays, f"counters.{name}")
             except TypeError:
@@ -348,7 +345,7 @@ def _checkpoint_contents(model: OfflineMixin, phase: str, data: str | None) -> t
         "step": int(model.num_timesteps),
         "n_envs": model.n_envs,
         "versions": {"stable_baselines3": sb3_version, "torch": th.__version__, "numpy": np.__version__},
-        "options": _options(model),
+        "options": options_of(model),
         "counters": counters,
         "data": data,
         "offline_returns": _capture_offline_returns(model, arrays),
@@ -366,16 +363,6 @@ def _checkpoint_contents(model: OfflineMixin, phase: str, data: str | None) -> t
         "exploration": {name: value.detach() for name, value in _exploration_tensors(model).items()},
     }
     return document, arrays, tensors
-
-
-def _options(model: OfflineMixin) -> dict[str, str]:
-    """What was asked for, as text: enough to tell that a run is asked for something else."""
-    plain = (bool, int, float, str, tuple, type(None))
-    return {
-        name: repr(value)
-        for name, value in vars(model).items()
-        if not name.startswith("_") and name not in (*_COUNTERS, *_NOT_OPTIONS) and isinstance(value, plain)
-    }
 
 
 def _generator_of(space: Any) -> Any:
@@ -488,7 +475,7 @@ def load_checkpoint(model: Model, checkpoint: str | Path | Archive) -> Model:
     _restore_buffer(model, archive)
     _restore_run(model, archive)
     changed = {
-        name: (before, now) for name, now in _options(model).items() if (before := document["options"].get(name, now)) != now
+        name: (before, now) for name, now in options_of(model).items() if (before := document["options"].get(name, now)) != now
     }
     if changed:
         told = ", ".join(f"{name} was {before} and is {now}" for name, (before, now) in changed.items())
@@ -533,7 +520,7 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
     """Set counters, random states, environments and what else is not a parameter or a stored transition."""
     document = archive.document
     is_same = _same_environments(model, archive)
-    options = _options(model)
+    options = options_of(model)
     # Several ranks make one estimate together; only the first of them is here.
     keeps_returns = model._ranks is None and all(
         document["options"].get(name) == options.get(name) for name in ("gamma", "return_tail")

@@ -131,7 +131,10 @@ class Ranks:
         for name in values:
             by_rank = [one[name] for one in everyone]
             if any(value != by_rank[0] for value in by_rank):
-                raise ValueError(f"All ranks must train alike, but {name} is {by_rank} on ranks 0 to {self.size - 1}.")
+                raise ValueError(
+                    f"All ranks must train alike, but {name} is [{', '.join(map(str, by_rank))}] on ranks 0 to "
+                    f"{self.size - 1}. Build the model alike on all; a callback, which runs on rank 0 alone, cannot change it."
+                )
 
     def any_of(self, finding: bool) -> bool:
         """Tell whether it is so on any rank; cheap enough for each gradient step.

@@ -46,6 +46,11 @@ from cql_plugins.sb3.metrics import MetricsMean
 from cql_plugins.sb3.rearrange import refill
 
 SelfOffline = TypeVar("SelfOffline", bound="OfflineMixin")
+COUNTERS = ("num_timesteps", "exploration_rate", "ep_info_buffer", "ep_success_buffer")
+"""Attributes without an underscore that training changes."""
+_NOT_OPTIONS = ("data_device", "device", "n_envs", "offline_buffer", "seed", "start_time", "tensorboard_log", "verbose")
+_OF_ONLINE_PHASE = ("buffer_size", "gradient_steps", "learning_starts", "optimize_memory_usage", "train_freq")
+"""Options that are nothing to processes that train offline together."""
 _UNTOUCHED_COUNT = 0.5
 """``RunningMeanStd`` starts with a count of 1e-4; a first observation brings it above 1."""
 
@@ -491,7 +496,7 @@ class OfflineMixin(OffPolicyAlgorithm):
             ranks: The processes.
             **asked: What the ranks were asked for beside the model's own settings.
         """
-        ranks.require_equal(algorithm=type(self).__name__, batch_size=self.batch_size, **asked)
+        self._require_equal_options(ranks, algorithm=type(self).__name__, **asked)
         self._restore_online_clock()  # as in `_setup_learn_offline`
         variables = {name: recursive_getattr(self, name) for name in self._get_torch_save_params()[1]}
         counters = {name: getattr(self, name) for name in ("_n_updates", "_n_offline_steps", "num_timesteps")}
@@ -506,6 +511,12 @@ class OfflineMixin(OffPolicyAlgorithm):
                 setattr(self, name, count)
         self._metrics = MetricsMean()  # Steps that one rank did by itself have no part in the means over ranks.
         ranks.separate_streams()
+
+    def _require_equal_options(self, ranks: Ranks, **asked: Any) -> None:
+        """Refuse ranks whose options are not the same; of a schedule the first rate stands for all."""
+        names = inspect.signature(type(self)).parameters.keys() - set(_OF_ONLINE_PHASE) - asked.keys()
+        options = {name: value for name, value in options_of(self).items() if name in names}
+        ranks.require_equal(**asked, **options, **{"lr_schedule(1)": self.lr_schedule(1)})
 
     def _setup_learn_offline(
         self, gradient_steps: int, callback: MaybeCallback, tb_log_name: str, progress_bar: bool
@@ -556,6 +567,7 @@ class OfflineMixin(OffPolicyAlgorithm):
 
     def _dump_offline_logs(self) -> None:
         if self._ranks is not None:
+            self._require_equal_options(self._ranks)  # A callback changes them on the first rank alone.
             self._metrics.average(self._ranks.average)
             if not self._ranks.is_first:
                 self._metrics.pop()
@@ -666,6 +678,20 @@ class OfflineMixin(OffPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         own = ["_random_states", "offline_buffer", "_device_data", "_offline_source", "_metrics", "_ranks", "_stop_signals"]
         return [*super()._excluded_save_params(), *own]
+
+
+def options_of(model: OfflineMixin) -> dict[str, str]:
+    """What was asked for, as text: enough to tell that a run is asked for something else.
+
+    Args:
+        model: Any.
+    """
+    plain = (bool, int, float, str, tuple, type(None))
+    return {
+        name: repr(value)
+        for name, value in vars(model).items()
+        if not name.startswith("_") and name not in (*COUNTERS, *_NOT_OPTIONS) and isinstance(value, plain)
+    }
 
 
 def merged_signature(cls: type) -> inspect.Signature:

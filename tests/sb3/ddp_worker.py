@@ -333,6 +333,11 @@ def train_noted(rank: int) -> dict[str, Any]:
     return result
 
 
+def slow_down(local: dict[str, Any], _: Any) -> bool:
+    local["self"].learning_rate = 1e-4
+    return True
+
+
 def refusals(rank: int) -> dict[str, str]:
     data = make_dataset()
     env = DummyVecEnv([lambda: gym.make("Pendulum-v1")])
@@ -342,6 +347,9 @@ def refusals(rank: int) -> dict[str, str]:
         "learn": lambda: make_model(CQL, env=env).learn(1),
         "gradient_steps": lambda: make_model(CQL).learn_offline(data, 1 + rank),
         "algorithm": lambda: make_model((CQL, CalQL)[rank]).learn_offline(data, 1),
+        "gamma": lambda: make_model(CQL, gamma=(0.9, 0.5)[rank], seed=rank, verbose=rank).learn_offline(data, 1),
+        "schedule": lambda: make_model(CQL, learning_rate=lambda _: 0.01 * (1 + rank)).learn_offline(data, 1),
+        "callback": lambda: make_model(CQL).learn_offline(data, 9, callback=slow_down, log_interval=4),
     }
     said = {}
     for name, attempt in attempts.items():

@@ -223,7 +223,10 @@ def test_what_one_rank_has_noted_before_is_read_by_all(ranks: list[dict[str, Any
         ("compile", "Set compile=False."),
         ("learn", "this is one of 2"),
         ("gradient_steps", "gradient_steps is [1, 2] on ranks 0 to 1."),
-        ("algorithm", "algorithm is ['CQL', 'CalQL'] on ranks 0 to 1."),
+        ("algorithm", "algorithm is [CQL, CalQL] on ranks 0 to 1."),
+        ("gamma", "gamma is [0.9, 0.5] on ranks 0 to 1."),
+        ("schedule", "lr_schedule(1) is [0.01, 0.02] on ranks 0 to 1."),
+        ("callback", "learning_rate is [0.0001, 0.01] on ranks 0 to 1."),
     ],
 )
 def test_refusals_on_every_rank(ranks: list[dict[str, Any]], attempt: str, said: str) -> None:
