@@ -278,16 +278,27 @@ def cells_text(cells: Iterable[str]) -> str:
     return ", ".join(first)
 
 
-def largest_rows(values: th.Tensor, rewards: th.Tensor, count: int = 3) -> tuple[tuple[int, ...], str]:
+class Blame(NamedTuple):
+    """Rows of a finite batch whose values are not finite, or the largest.
+
+    Attributes:
+        size: The largest of these values and rewards; infinite where one is not finite.
+        rows: Along the first axis.
+        text: A sentence.
+    """
+
+    size: float
+    rows: tuple[int, ...]
+    text: str
+
+
+def largest_rows(values: th.Tensor, rewards: th.Tensor, count: int = 3) -> Blame:
     """Say which rows of a batch have Q-values that are not finite, or else the largest values and rewards.
 
     Args:
         values: ``Q(s, a)`` of the data's actions, shape ``(B,)``.
         rewards: Shape ``(B,)``.
         count: How many rows to name.
-
-    Returns:
-        The rows, and a sentence.
     """
     size = th.where(values.isfinite(), th.maximum(values.abs(), rewards.abs()), math.inf)
     rows = size.topk(min(count, len(size))).indices.tolist()
@@ -297,7 +308,18 @@ def largest_rows(values: th.Tensor, rewards: th.Tensor, count: int = 3) -> tuple
     else:
         what = "The largest Q(s, a) of the data's actions, or rewards, are in"
     shown = "; ".join(f"row {row}: Q {float(values[row]):.6g}, reward {float(rewards[row]):.6g}" for row in rows)
-    return tuple(rows), f"{what} {shown}."
+    return Blame(float(size.max()), tuple(rows), f"{what} {shown}.")
+
+
+def worst(blames: Sequence[Blame], process: str) -> Blame:
+    """Pick the one with the largest value, and say whose it is.
+
+    Args:
+        blames: Of the processes that train together.
+        process: What to call one of them.
+    """
+    number, blame = max(enumerate(blames), key=lambda numbered: numbered[1].size)
+    return blame._replace(text=f"On {process} {number}: {blame.text}")
 
 
 # The way back ----------------------------------------------------------------------------------------------------------

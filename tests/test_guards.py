@@ -79,11 +79,11 @@ class TestSearch:
 
     def test_rows_of_the_largest_values(self) -> None:
         values, rewards = th.tensor([1.0, -9.0, 3.0, 2.0]), th.tensor([0.0, 0.0, 0.0, 50.0])
-        rows, text = _guards.largest_rows(values, rewards, 2)
+        _, rows, text = _guards.largest_rows(values, rewards, 2)
         assert rows == (3, 1)
         assert "row 3: Q 2, reward 50; row 1: Q -9, reward 0" in text
         values[0] = NAN
-        rows, text = _guards.largest_rows(values, rewards, 2)
+        _, rows, text = _guards.largest_rows(values, rewards, 2)
         assert rows == (0,)
         assert text.startswith("Q(s, a) of the data's actions is not finite in row 0")
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cql_plugins import _guards
-from cql_plugins._guards import DeviceNote, Finding, NonFiniteError, QRange, SickListener, Snapshot
+from cql_plugins._guards import Blame, DeviceNote, Finding, NonFiniteError, QRange, SickListener, Snapshot
 
 _BATCH = "batch"
 _PARAMETER_INTERVAL = 1000
@@ -199,6 +199,14 @@ class Watch:
         assert finding is not None
         return finding, place
 
+    def _worst(self, blame: Blame) -> Blame:
+        """The rows of the process that has the largest value; all of them are here."""
+        if not self._is_distributed:
+            return blame
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, blame)
+        return _guards.worst(everyone, "process")
+
     # What went wrong -------------------------------------------------------------------------------------------------
 
     def _raise(self, finding: Finding, place: str, batch: TorchMiniBatch, step: int, cause: Exception | None) -> NoReturn:
@@ -208,9 +216,10 @@ class Watch:
         elif cause is None:
             self.modules.set_eval()
             with th.no_grad():
-                rows, details = _guards.largest_rows(self.data_values(batch), batch.rewards[:, 0])
-            sentences.append(details)
-            place = self._stored(batch, rows)
+                blame = _guards.largest_rows(self.data_values(batch), batch.rewards[:, 0])
+            blame = self._worst(blame._replace(text=f"{blame.text} {self._stored(batch, blame.rows)}".rstrip()))
+            rows = blame.rows
+            sentences.append(blame.text)
         kept = f"All parameters and optimisers are those after step {step - 1}."
         if self._stepped:
             kept = (

@@ -20,7 +20,7 @@ from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from cql_plugins import _guards
-from cql_plugins._guards import DeviceNote, Finding, NonFiniteError, QRange, SickListener, Snapshot
+from cql_plugins._guards import Blame, DeviceNote, Finding, NonFiniteError, QRange, SickListener, Snapshot
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.buffers import _reward_limit, _reward_scale
 from cql_plugins.sb3.distributed import Ranks
@@ -134,7 +134,7 @@ class WatchedMixin(OfflineMixin):
         details, rows = "", finding.rows
         if not finding.tensor.startswith(_BATCH):
             self.require_finite_parameters()  # Where they are not, nothing that came of them is to blame.
-            details, rows = self._describe_rows(batch)
+            _, rows, details = self._describe_rows(batch)
         self._raise_step(finding, details, rows, stepped)
 
     def _look_at_batch(self, batch: Batch) -> None:
@@ -183,12 +183,13 @@ class WatchedMixin(OfflineMixin):
         return _guards.find(self._policy_outputs(batch))
 
     @th.no_grad()
-    def _describe_rows(self, batch: Batch) -> tuple[str, tuple[int, ...]]:
-        """Say which rows of a finite batch have the values that a loss that is not finite came from."""
+    def _describe_rows(self, batch: Batch) -> Blame:
+        """Say which rows of a finite batch, of all ranks' the worst, have the values that a sick loss came from."""
         self.policy.set_training_mode(False)  # Running statistics stay.
-        rows, text = _guards.largest_rows(self._data_values(batch), batch.rewards[:, 0])
-        stored = list(dict.fromkeys(place for row in rows if (place := self._place_of(batch, row))))
-        return text + (f" In the data: {_guards.listed(stored)}." if stored else ""), rows
+        blame = _guards.largest_rows(self._data_values(batch), batch.rewards[:, 0])
+        stored = list(dict.fromkeys(place for row in blame.rows if (place := self._place_of(batch, row))))
+        blame = blame._replace(text=blame.text + (f" In the data: {_guards.listed(stored)}." if stored else ""))
+        return blame if self._ranks is None else _guards.worst(self._ranks.gather(blame), "rank")
 
     def _buffers(self) -> Iterator[tuple[str, ReplayBuffer]]:
         for name in ("offline_buffer", "replay_buffer"):

@@ -53,4 +53,5 @@ def test_two_processes_are_one_with_the_doubled_batch(alpha_learning_rate: str, 
         batch, loss, noted = (tmp_path / f"sick-{rank}.txt").read_text().split("\n")
         assert batch.startswith("Gradient step 51: on process 1, batch.rewards has 1 of 16 values"), batch
         assert loss.startswith("Gradient step 51: on process 1, critic_loss is inf"), loss
+        assert "On process 1: The largest Q(s, a) of the data's actions, or rewards, are in row 4:" in loss, loss
         assert noted.startswith("Gradient step 51: critic_loss or its gradient is not finite"), noted

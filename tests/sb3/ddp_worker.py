@@ -261,13 +261,15 @@ def train_with_failure(rank: int) -> dict[str, Any]:
 
 
 def train_sick(rank: int, where: str) -> dict[str, Any]:
-    """In the third step the second rank has a batch, or a gradient, that is not finite."""
+    """In the third step the second rank has a batch, a loss or a gradient that is not finite."""
 
     class Sick(CQL):
         def sample_batch(self, batch_size: int) -> Any:
             batch = super().sample_batch(batch_size)
             if where == "batch" and rank == 1 and self._n_updates == 2:
                 batch.rewards[5] = np.nan
+            if where == "loss" and rank == 1 and self._n_updates == 2:
+                batch.rewards[5] = 1e25
             return batch
 
     def spoil(gradient: th.Tensor) -> th.Tensor:
@@ -372,7 +374,7 @@ def main(folder: str) -> None:
     assert th.distributed.get_world_size() == size
     results["apart"] = train_on_given("CalQL", "sgd", rank, size, averages=False)
     results["failure"] = train_with_failure(rank)
-    results |= {f"sick {where}": train_sick(rank, where) for where in ("batch", "gradient", "nothing")}
+    results |= {f"sick {where}": train_sick(rank, where) for where in ("batch", "loss", "gradient", "nothing")}
     results["noted"] = train_noted(rank)
     runs = Path(folder, RUNS)
     results["SIGTERM to one"] = resume_and_end(runs, rank, (1,), signal.SIGTERM, 6)

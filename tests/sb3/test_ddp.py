@@ -208,6 +208,14 @@ def test_a_rank_that_is_sick_stops_all_at_that_step(ranks: list[dict[str, Any]],
     assert all(rank["sick nothing"] == {"text": "never sick"} for rank in ranks)
 
 
+def test_all_blame_the_rows_of_the_rank_that_has_the_worst(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["sick loss"] for rank in ranks)
+    assert first["tensor"] == "critic_loss"
+    assert "On rank 1: The largest Q(s, a) of the data's actions, or rewards, are in row 5:" in first["text"]
+    assert first["rows"][0] == 5
+    assert (first["text"], first["rows"]) == (second["text"], second["rows"])
+
+
 def test_what_one_rank_has_noted_before_is_read_by_all(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["noted"] for rank in ranks)
     assert distance(first["after"], second["after"]) == 0
