@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from cql_plugins._files import outermost_missing
 from cql_plugins.adapters._minari_files import TRANSFORM, MinariFiles, check_id, reading_episode
 from cql_plugins.adapters._steps import OnProgress, announce
 from cql_plugins.adapters._storage import Allocate, Origin, Storage, check_storage, fingerprint, in_memory, stored
@@ -584,13 +585,6 @@ def _as_numbers(transform: tuple[float, float] | None) -> tuple[float, float] | 
 
 def _extra_of(data_format: str) -> str:
     return "minari" if data_format == "hdf5" else "arrow"
-
-
-def outermost_missing(path: Path) -> Path:
-    """Return the topmost folder that has to be made for `path` to exist."""
-    while not path.parent.exists():
-        path = path.parent
-    return path
 
 
 def _spec_only_env(dataset: OfflineDataset, env_spec: "EnvSpec | None") -> _SpecOnlyEnv | None:

@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from cql_plugins._files import whole_folder
+from cql_plugins._files import outermost_missing, whole_folder
 from cql_plugins.adapters import (
     DatasetError,
     OfflineDataset,
@@ -47,7 +47,7 @@ from cql_plugins.adapters._tree import named_leaves
 from cql_plugins.adapters._untrusted import MEMORY_VARIABLE, memory_limit
 from cql_plugins.adapters._validation import Where
 from cql_plugins.adapters.arrays import stem
-from cql_plugins.adapters.minari import Beside, beside_transitions, check_new_id, import_minari, outermost_missing
+from cql_plugins.adapters.minari import Beside, beside_transitions, check_new_id, import_minari
 from cql_plugins.adapters.report import Quantiles, describe_space, number, printable, saturation
 from cql_plugins.adapters.scores import REFERENCE_SCORES
 

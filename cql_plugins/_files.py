@@ -7,6 +7,7 @@ or the next start after a crash, finds the old one or the new one, never a part.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import re
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import IO
 
 _WRITING = ".part"
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+"""What systems say of a rename onto something; `ENOTDIR` of a folder onto a file."""
 
 
 @contextlib.contextmanager
@@ -48,7 +51,7 @@ def whole_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
     """Make a folder that appears at its place only when all its files are on the disk.
 
     Args:
-        path: Its place, where nothing must be.
+        path: Its place, where nothing must be. Folders above it that are missing are made when it takes its place.
         replace: Whether a folder may be there. It stays until the new one is whole, then steps aside under another name, comes
             back if the new one cannot take its place, and is removed.
 
@@ -56,13 +59,13 @@ def whole_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
         The folder to write into.
 
     Raises:
-        FileExistsError: If something is there already.
+        FileExistsError: If something is there already, or at the end because another process wrote it meanwhile; that stays.
         OSError: If the disk does not take it, as for :func:`whole_file`.
     """
     place = Path(path)
     if place.exists() and not (replace and place.is_dir()):
-        raise FileExistsError(f"{place} exists; remove it, or choose another name.")
-    with _explained(place), _beside(place) as temporary:
+        raise _taken(place)
+    with _explained(place), _beside(outermost_missing(place)) as temporary:
         temporary.mkdir()
         yield temporary
         for file in sorted(temporary.rglob("*")):
@@ -70,19 +73,29 @@ def whole_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())
         _sync_folder(temporary)
+        place.parent.mkdir(parents=True, exist_ok=True)
         # Not one of the names that `remove_leftovers` removes.
-        aside = temporary.with_suffix(".old") if place.exists() else None
+        aside = temporary.with_suffix(".old") if replace and place.exists() else None
         if aside is not None:
             os.rename(place, aside)
         try:
             os.rename(temporary, place)
-        except BaseException:
+        except BaseException as error:
             if aside is not None:
                 os.rename(aside, place)
+            elif isinstance(error, OSError) and error.errno in _TAKEN:
+                raise _taken(place) from error
             raise
         _sync_folder(place.parent)
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def outermost_missing(path: Path) -> Path:
+    """Return the topmost folder that has to be made for `path` to exist; `path` itself where it or its parent exists."""
+    while not path.parent.exists():
+        path = path.parent
+    return path
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
@@ -102,6 +115,10 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             removed.append(path)
     return removed
+
+
+def _taken(place: Path) -> FileExistsError:
+    return FileExistsError(f"{place} exists; remove it, or choose another name.")
 
 
 @contextlib.contextmanager
@@ -155,4 +172,4 @@ def _runs(process: int) -> bool:
     return True
 
 
-__all__ = ["remove_leftovers", "whole_file", "whole_folder"]
+__all__ = ["outermost_missing", "remove_leftovers", "whole_file", "whole_folder"]

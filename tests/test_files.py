@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,30 @@ def test_a_folder_takes_the_place_of_another_only_when_it_is_whole(tmp_path: Pat
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "new"]
     with pytest.raises(FileExistsError), whole_folder(place / "new", replace=True):
         pass
+
+
+def _write_a_folder(place: Path, meanwhile: Callable[[], object]) -> None:
+    with whole_folder(place) as folder:
+        (folder / "mine").write_bytes(b"mine")
+        meanwhile()
+
+
+def test_a_folder_that_another_process_made_meanwhile_stays(tmp_path: Path) -> None:
+    place = tmp_path / "group" / "folder"
+
+    def another() -> None:
+        place.mkdir(parents=True)
+        (place / "theirs").write_bytes(b"theirs")
+
+    with pytest.raises(FileExistsError, match=r"folder exists; remove it, or choose another name"):
+        _write_a_folder(place, another)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "group", "theirs"]
+    with pytest.raises(FileExistsError, match=r"a file exists; remove it, or choose another name"):
+        _write_a_folder(tmp_path / "a file", lambda: (tmp_path / "a file").write_bytes(b"theirs"))
+    # In the same group, another name: both are there.
+    _write_a_folder(tmp_path / "new" / "first", lambda: _write_a_folder(tmp_path / "new" / "second", lambda: None))
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["first", "second"]
+    assert (place / "theirs").read_bytes() == (tmp_path / "a file").read_bytes() == b"theirs"
 
 
 _WRITER = """
