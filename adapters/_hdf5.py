@@ -1,4 +1,4 @@
-"""HDF5 files that somebody else made: what in them may be opened, and how large it may be.
+"""HDF5 files that somebody else made: what in them may be opened, and how large it may be. And ours, on a disk that fills.
 
 An HDF5 file can name other files (external links, external storage, virtual data sets), reach one object by many names, and
 declare rows that it does not hold. Each object is looked at through its link and its creation properties, which opens
@@ -285,3 +285,54 @@ class _Chunks:
 def declared_bytes(tree: Mapping[str, Any]) -> int:
     """Bytes that a (nested) dict of data sets declares."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in named_leaves(tree, ""))
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+class Unfailing:
+    """A file that tells HDF5 nothing of a full disk or an interrupt, and keeps the error.
+
+    HDF5 writes much when objects go, where h5py can raise nothing, and after a write that failed it ends the process with a
+    segmentation fault.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file: Any = file
+        self._error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def _try(self, method: str, *args: Any, otherwise: int = 0) -> Any:
+        if self._error is None:
+            try:
+                return getattr(self._file, method)(*args)
+            except BaseException as error:  # Ctrl-C too
+                self._error = error
+        return otherwise
+
+    # What h5py calls.
+
+    def read(self, size: int = -1) -> Any:
+        return self._try("read", size) or b""
+
+    def readinto(self, buffer: Any) -> Any:
+        return self._try("readinto", buffer)
+
+    def write(self, data: Any) -> Any:
+        return self._try("write", data, otherwise=len(data))
+
+    def seek(self, offset: int, whence: int = 0) -> Any:
+        return self._try("seek", offset, whence, otherwise=offset)
+
+    def tell(self) -> Any:
+        return self._try("tell")
+
+    def truncate(self, size: int | None = None) -> Any:
+        return self._try("truncate", size)
+
+    def flush(self) -> Any:
+        return self._try("flush")

@@ -4,13 +4,13 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
 from cql_plugins._files import whole_file
-from cql_plugins.adapters._hdf5 import PlainObjects, declared_bytes
+from cql_plugins.adapters._hdf5 import PlainObjects, Unfailing, declared_bytes
 from cql_plugins.adapters._steps import FieldNames, OnProgress, Steps, announce, check_free, read_steps, step_columns
 from cql_plugins.adapters._storage import (
     Allocate,
@@ -251,7 +251,7 @@ def to_d4rl(
     check_free(path, overwrite)
     columns = step_columns(dataset, str(path), _NAMES, progress)
     with whole_file(path) as place:
-        unfailing = _Unfailing(place)
+        unfailing = Unfailing(place)
         with h5py.File(unfailing, "w") as file:
             for column in columns:
                 data = file.create_dataset(
@@ -267,51 +267,3 @@ def to_d4rl(
                     data[start:stop] = block
                     unfailing.check()
         unfailing.check()
-
-
-class _Unfailing:
-    """A file that tells HDF5 nothing of a full disk or an interrupt, and keeps the error.
-
-    HDF5 writes much when objects go, where h5py can raise nothing, and after a write that failed it ends the process with a
-    segmentation fault.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file: Any = file
-        self._error: BaseException | None = None
-
-    def check(self) -> None:
-        """Raise what went wrong, if anything did."""
-        if self._error is not None:
-            raise self._error
-
-    def _try(self, method: str, *args: Any, otherwise: int = 0) -> Any:
-        if self._error is None:
-            try:
-                return getattr(self._file, method)(*args)
-            except BaseException as error:  # Ctrl-C too
-                self._error = error
-        return otherwise
-
-    # What h5py calls.
-
-    def read(self, size: int = -1) -> Any:
-        return self._try("read", size) or b""
-
-    def readinto(self, buffer: Any) -> Any:
-        return self._try("readinto", buffer)
-
-    def write(self, data: Any) -> Any:
-        return self._try("write", data, otherwise=len(data))
-
-    def seek(self, offset: int, whence: int = 0) -> Any:
-        return self._try("seek", offset, whence, otherwise=offset)
-
-    def tell(self) -> Any:
-        return self._try("tell")
-
-    def truncate(self, size: int | None = None) -> Any:
-        return self._try("truncate", size)
-
-    def flush(self) -> Any:
-        return self._try("flush")

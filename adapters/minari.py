@@ -1,11 +1,14 @@
 """Reader and writer for Minari data sets."""
 
+import contextlib
 import dataclasses
 import inspect
+import os
 import re
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +17,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from cql_plugins._files import outermost_missing
+from cql_plugins._files import outermost_missing, remove_leftovers, whole_folder
+from cql_plugins.adapters._hdf5 import Unfailing
 from cql_plugins.adapters._minari_files import TRANSFORM, MinariFiles, check_id, reading_episode
 from cql_plugins.adapters._steps import OnProgress, announce
 from cql_plugins.adapters._storage import Allocate, Origin, Storage, check_storage, fingerprint, in_memory, stored
@@ -140,10 +144,8 @@ def import_minari() -> Any:
 
 
 def _load(minari: Any, dataset_id: str, download: bool) -> "tuple[Any, MinariFiles]":
-    from minari.storage.datasets_root_dir import get_dataset_path
-
     check_id(dataset_id)
-    folder = Path(get_dataset_path(dataset_id)) / "data"
+    folder = datasets_path(dataset_id) / "data"
     if not folder.exists():
         if not download:
             raise DatasetError(
@@ -465,68 +467,201 @@ def to_minari(
         The stored `minari.MinariDataset`.
 
     Raises:
-        DatasetError: If the id exists or is malformed, a key is one that HDF5 cannot hold, or Minari refuses the data.
-            Nothing is left behind then.
+        DatasetError: If the id exists or is malformed, a key is one that HDF5 cannot hold, Minari refuses the data, or the
+            disk does not take it. Nothing is left behind then.
         ImportError: If Minari or what its storage needs is not installed.
     """
-    minari = import_minari()
-    from minari.storage.datasets_root_dir import get_dataset_path
-
     check_new_id(dataset_id, dataset_id)
-    path = Path(get_dataset_path(dataset_id))
-    if path.exists():
-        raise DatasetError(
-            f"expected an id that is not taken, there is a data set at {path}",
-            source=dataset_id,
-            hint="Choose another name or version, or remove it with minari.delete_dataset",
-        )
+    check_id(dataset_id, dataset_id)
+    return store(
+        dataset,
+        datasets_path(),
+        dataset_id,
+        data_format=data_format,
+        progress=progress,
+        algorithm_name=algorithm_name,
+        author=author,
+        author_email=author_email,
+        code_permalink=code_permalink,
+        description=description,
+        env_spec=env_spec,
+    )
+
+
+def store(
+    dataset: OfflineDataset,
+    root: Path,
+    dataset_id: str,
+    *,
+    replace: bool = False,
+    data_format: str = "hdf5",
+    metadata: Mapping[str, Any] | None = None,
+    progress: OnProgress | None = None,
+    env_spec: "EnvSpec | None" = None,
+    **said: Any,
+) -> "MinariDataset":
+    """Do what `to_minari` does in any folder; a data set is there whole or not at all, and another one stays.
+
+    Args:
+        dataset: The data set.
+        root: Folder in place of Minari's.
+        dataset_id: Id there, which was looked at before.
+        replace: Whether to replace the data set that is there, once the new one is whole.
+        data_format: See `to_minari`.
+        metadata: More metadata.
+        progress: See `to_minari`.
+        env_spec: See `to_minari`.
+        **said: What else Minari takes as it is: author, description and the like.
+
+    Returns:
+        The stored `minari.MinariDataset`.
+
+    Raises:
+        DatasetError: See `to_minari`.
+        ImportError: See `to_minari`.
+    """
+    minari = import_minari()
+    place = root / dataset_id
+    if place.exists() and not replace:
+        raise _taken(place, dataset_id)
     if data_format == "hdf5":
         _check_keys(dataset.observation_space, "observations", dataset_id)
     as_logged = dataset._reward_transform == (1.0, 0.0)
-    raw = _ask_for_raw_images(minari, dataset, dataset_id)
-    created = outermost_missing(path)
-    space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
-    # One at a time, since together they may be larger than memory; Minari asks for a list, and goes through it once.
-    buffers: Any = (_to_buffer(episode, space_of) for episode in _reported(dataset, progress))
+    more = dict(metadata or {})
+    if not as_logged:
+        more[TRANSFORM] = _as_numbers(dataset._reward_transform)
+    elif dataset.references is not None:
+        # Given to Minari's own function, they would make it build the environment and run a random policy in it.
+        more["ref_min_score"], more["ref_max_score"] = dataset.references
+    said |= {"env": _spec_only_env(dataset, env_spec), "data_format": data_format}
+    said |= _ask_for_raw_images(minari, dataset, dataset_id)
     try:
-        with warnings.catch_warnings():
-            # Minari asks for each piece of metadata that was not given; here leaving one out is the caller's choice.
-            warnings.filterwarnings("ignore", message=r".*is set to None", category=UserWarning)
-            warnings.filterwarnings("ignore", message="env_spec is None", category=UserWarning)
-            stored: MinariDataset = minari.create_dataset_from_buffers(
-                dataset_id,
-                buffers,
-                env=_spec_only_env(dataset, env_spec),
-                observation_space=dataset.observation_space,
-                action_space=dataset.action_space,
-                algorithm_name=algorithm_name,
-                author=author,
-                author_email=author_email,
-                code_permalink=code_permalink,
-                description=description,
-                data_format=data_format,
-                **raw,
-            )
-            if not as_logged:
-                stored.storage.update_metadata({TRANSFORM: _as_numbers(dataset._reward_transform)})
-            elif dataset.references is not None:
-                # Given to the call above, they would make Minari build the environment and run a random policy in it.
-                low, high = dataset.references
-                stored.storage.update_metadata({"ref_min_score": low, "ref_max_score": high})
-    except BaseException as error:
-        shutil.rmtree(created, ignore_errors=True)
-        if isinstance(error, ImportError):
-            raise require_extra(f"Minari's {data_format} storage", _extra_of(data_format), error) from error
-        if isinstance(error, Exception) and not isinstance(error, DatasetError):
-            raise DatasetError(f"Minari cannot store it: {error}", source=dataset_id) from error
+        root.mkdir(parents=True, exist_ok=True)
+        _check_room(dataset, root, dataset_id)
+        remove_leftovers(outermost_missing(place).parent)
+        with whole_folder(place, replace=replace) as folder:
+            written = folder / ".minari"
+            _write(minari, dataset, written, dataset_id, said, more, progress)
+            for path in (written / dataset_id).iterdir():
+                path.rename(folder / path.name)
+            _make_namespaces(written, root, dataset_id)
+            shutil.rmtree(written)
+    except ImportError as error:
+        raise require_extra(f"Minari's {data_format} storage", _extra_of(data_format), error) from error
+    except DatasetError:
         raise
+    except FileExistsError as error:
+        raise _taken(place, dataset_id) from error
+    except Exception as error:
+        raise DatasetError(f"Minari cannot store it: {error}", source=dataset_id) from error
     if not as_logged and dataset.references is not None:
         warnings.warn(
             f"{dataset_id}: rewards are stored as they are now, after scale_rewards. The reference returns are not stored: "
             "they are of the rewards before it, so that no score is known. Score the data set before it is scaled",
-            stacklevel=2,
+            stacklevel=3,
         )
+    stored: MinariDataset = minari.MinariDataset(place / "data")
     return stored
+
+
+def _write(
+    minari: Any,
+    dataset: OfflineDataset,
+    root: Path,
+    dataset_id: str,
+    said: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    progress: OnProgress | None,
+) -> None:
+    """Let Minari make a data set below a folder of its own, and fill it."""
+    space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
+    with warnings.catch_warnings(), _datasets_in(root):
+        # Minari asks for each piece of metadata that was not given; here leaving one out is the caller's choice.
+        warnings.filterwarnings("ignore", message=r".*is set to None", category=UserWarning)
+        warnings.filterwarnings("ignore", message="env_spec is None", category=UserWarning)
+        storage = minari.create_dataset_from_buffers(
+            dataset_id, [], observation_space=dataset.observation_space, action_space=dataset.action_space, **said
+        ).storage
+    with _unfailing(storage) as check:
+
+        def buffers() -> Iterator[Any]:
+            """Give one at a time, since together they may be larger than memory; Minari goes through them once."""
+            for episode in _reported(dataset, progress):
+                yield _to_buffer(episode, space_of)
+                check()
+
+        storage.update_episodes(buffers())
+        check()
+    if metadata:
+        storage.update_metadata(dict(metadata))
+
+
+@contextlib.contextmanager
+def _unfailing(storage: Any) -> Iterator[Callable[[], None]]:
+    """Keep it from HDF5 that a disk is full, see `Unfailing`; give what raises it. Arrow needs none of that."""
+    path = getattr(storage, "_file_path", None)
+    if path is None:
+        yield lambda: None
+        return
+    with open(path, "rb+") as file:
+        storage._file_path = unfailing = Unfailing(file)
+        try:
+            yield unfailing.check
+        finally:
+            storage._file_path = path
+
+
+def _make_namespaces(written: Path, root: Path, dataset_id: str) -> None:
+    """Make the folders above a data set, with what Minari writes of them, where they are missing."""
+    for namespace in Path(dataset_id).parents[:-1]:
+        (root / namespace).mkdir(parents=True, exist_ok=True)
+        for path in (written / namespace).iterdir():
+            if path.is_file() and not (root / namespace / path.name).exists():
+                path.rename(root / namespace / path.name)
+
+
+def _check_room(dataset: OfflineDataset, root: Path, dataset_id: str) -> None:
+    """Refuse early what the disk has no room for."""
+    n_bytes = sum(leaf.nbytes for _, leaf in named_leaves({"": dataset.observations, "actions": dataset.actions}, ""))
+    free = shutil.disk_usage(root).free
+    if n_bytes > free:
+        raise DatasetError(f"expected room for {n_bytes:,} bytes in {root}: {free:,} are free", source=dataset_id)
+
+
+def _taken(place: Path, dataset_id: str) -> DatasetError:
+    return DatasetError(
+        f"expected an id that is not taken, there is a data set at {place}",
+        source=dataset_id,
+        hint="Choose another name or version, or remove it with minari.delete_dataset",
+    )
+
+
+_ROOT_VARIABLE = "MINARI_DATASETS_PATH"
+_REDIRECTING = threading.Lock()
+
+
+def datasets_path(dataset_id: str = "") -> Path:
+    """Return where Minari has a data set, or all of them."""
+    import_minari()
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    with _REDIRECTING:
+        return Path(get_dataset_path(dataset_id))
+
+
+@contextlib.contextmanager
+def _datasets_in(root: Path) -> Iterator[None]:
+    """Have Minari make data sets below another folder: it looks that up in the environment of the process."""
+    with _REDIRECTING:
+        before = os.environ.get(_ROOT_VARIABLE)
+        os.environ[_ROOT_VARIABLE] = str(root)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_ROOT_VARIABLE]
+            else:
+                os.environ[_ROOT_VARIABLE] = before
 
 
 def check_new_id(dataset_id: str, source: str) -> None:

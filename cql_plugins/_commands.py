@@ -7,9 +7,7 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
@@ -26,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from cql_plugins._files import outermost_missing, whole_folder
+from cql_plugins._files import remove_leftovers
 from cql_plugins.adapters import (
     DatasetError,
     OfflineDataset,
@@ -36,18 +34,16 @@ from cql_plugins.adapters import (
     normalized_score,
     reference_scores,
     to_d4rl,
-    to_minari,
     to_npz,
 )
 from cql_plugins.adapters._findings import Finding, find, inferred_spaces
 from cql_plugins.adapters._minari_files import check_id
 from cql_plugins.adapters._sources import SUFFIXES, Kind, is_minari, is_path, locate
-from cql_plugins.adapters._steps import OnProgress, ReadingWarning, infer_action_space, infer_observation_space
-from cql_plugins.adapters._tree import named_leaves
+from cql_plugins.adapters._steps import ReadingWarning, infer_action_space, infer_observation_space
 from cql_plugins.adapters._untrusted import MEMORY_VARIABLE, memory_limit
 from cql_plugins.adapters._validation import Where
 from cql_plugins.adapters.arrays import stem
-from cql_plugins.adapters.minari import Beside, beside_transitions, check_new_id, import_minari
+from cql_plugins.adapters.minari import Beside, beside_transitions, check_new_id, datasets_path, store
 from cql_plugins.adapters.report import Quantiles, describe_space, number, printable, saturation
 from cql_plugins.adapters.scores import REFERENCE_SCORES
 
@@ -330,12 +326,22 @@ def convert(
 
         with _refusals(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            remove_leftovers(place.parent)
             if kind is Kind.D4RL:
                 to_d4rl(dataset, place, overwrite=force, progress=progress)
             elif kind is Kind.NPZ:
                 to_npz(dataset, place, overwrite=force, progress=progress)
             else:
-                _store_in_minari(dataset, beside, root, dataset_id, force, data_format, progress)
+                store(
+                    dataset,
+                    root,
+                    dataset_id,
+                    replace=force,
+                    data_format=data_format,
+                    metadata=beside.metadata,
+                    progress=progress,
+                    **beside.arguments,
+                )
     for note in (*read.notes, *_notes(caught), *_left_out(dataset, beside, kind, place)):
         _say(f"note: {note}")
     typer.echo(f"{place}: {dataset.n_episodes:,} episodes, {len(dataset):,} transitions, {kind}")
@@ -347,35 +353,10 @@ def _minari_place(target: str) -> tuple[Path, str]:
         path = Path(os.path.abspath(Path(target).expanduser()))
         root, dataset_id = path.parent, path.name
     else:
-        import_minari()
-        from minari.storage.datasets_root_dir import get_dataset_path
-
-        root, dataset_id = Path(get_dataset_path()).absolute(), target
+        root, dataset_id = datasets_path().absolute(), target
     check_id(dataset_id, target)
     check_new_id(dataset_id, target)
     return root, dataset_id
-
-
-def _store_in_minari(
-    dataset: OfflineDataset, beside: Beside, root: Path, dataset_id: str, force: bool, data_format: str, progress: OnProgress
-) -> None:
-    """Let Minari write into a folder of its own, and give that its place at the end, with the namespaces that are missing."""
-    root.mkdir(parents=True, exist_ok=True)
-    n_bytes = sum(leaf.nbytes for _, leaf in named_leaves({"": dataset.observations, "actions": dataset.actions}, ""))
-    free = shutil.disk_usage(root).free
-    if n_bytes > free:  # HDF5 ends the process with a segmentation fault where the disk gets full.
-        raise DatasetError(f"expected room for {n_bytes:,} bytes in {root}: {free:,} are free", source=dataset_id)
-    place = root / dataset_id
-    outermost = place if place.exists() else outermost_missing(place)
-    with whole_folder(outermost, replace=force) as folder:
-        written = Path(tempfile.mkdtemp(dir=folder, prefix="."))
-        with _environment(MINARI_DATASETS_PATH=str(written)):
-            stored = to_minari(dataset, dataset_id, data_format=data_format, progress=progress, **beside.arguments)
-            if beside.metadata:
-                stored.storage.update_metadata(beside.metadata)
-        for path in (written / outermost.relative_to(root)).iterdir():
-            path.rename(folder / path.name)
-        shutil.rmtree(written)
 
 
 def _register(env_id: str) -> None:
@@ -385,19 +366,6 @@ def _register(env_id: str) -> None:
             import gymnasium_robotics
 
             gym.register_envs(gymnasium_robotics)
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _left_out(dataset: OfflineDataset, beside: Beside, kind: Kind, place: Path) -> Iterator[str]:

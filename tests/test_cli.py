@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -862,14 +864,40 @@ class TestConvert:
             write = HDF5Storage.update_episodes
 
             def fail(self: Any, episodes: Any) -> None:
-                write(self, [next(iter(episodes))])
-                raise error
+                taken = list(itertools.islice(episodes, 1))
+                write(self, taken)
+                if taken:
+                    raise error
 
             monkeypatch.setattr(HDF5Storage, "update_episodes", fail)
         result = typer.testing.CliRunner().invoke(app, ["convert", "start.npz", target, *["--force"] * force])
         assert result.exit_code == (1 if isinstance(error, OSError) else 130)
         assert tree(here) == before
         assert tree(minari_home) == {}
+
+    def test_what_another_process_writes_meanwhile_stays(
+        self, rows: Rows, here: Path, monkeypatch: pytest.MonkeyPatch, assert_same: Any
+    ) -> None:
+        """Another data set in the same new namespace, then one under the same id."""
+        need("minari")
+        from minari.dataset._storages.hdf5_storage import HDF5Storage
+
+        dataset, write, theirs = _dataset(rows), HDF5Storage.update_episodes, list[str]()
+        to_npz(dataset, here / "start.npz")
+
+        def write_meanwhile(self: Any, episodes: Any) -> None:
+            taken = list(episodes)
+            if taken and theirs:
+                to_minari(dataset[:3], theirs.pop())
+            write(self, taken)
+
+        monkeypatch.setattr(HDF5Storage, "update_episodes", write_meanwhile)
+        theirs[:] = ["new/theirs-v0"]
+        run("convert", "start.npz", "new/mine-v0")
+        theirs[:] = ["new/same-v0"]
+        assert "expected an id that is not taken" in run("convert", "start.npz", "new/same-v0", expect="refused").stderr
+        for name, expected in (("theirs", dataset[:3]), ("mine", dataset), ("same", dataset[:3])):
+            assert_same(from_minari(f"new/{name}-v0"), expected)
 
     def test_an_id_of_minari(self, rows: Rows, here: Path, minari_home: Path, assert_same: Any) -> None:
         need("minari")
@@ -915,7 +943,7 @@ class TestConvert:
     def test_a_disk_without_room(self, rows: Rows, here: Path, minari_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         need("minari")
         to_npz(_dataset(rows), here / "start.npz")
-        monkeypatch.setattr(_commands.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
         said = run("convert", "start.npz", MINARI_ID, expect="refused").stderr
         assert f"expected room for {60 * 3 * 4 + 52 * 2 * 4:,} bytes" in said
         assert tree(minari_home) == {}

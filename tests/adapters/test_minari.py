@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
+import re
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,6 +18,7 @@ import pytest
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
+from cql_plugins import _files
 from cql_plugins.adapters import DatasetError, OfflineDataset, from_minari, to_minari
 
 minari = pytest.importorskip("minari")
@@ -451,13 +455,67 @@ class TestToMinari:
         write = HDF5Storage.update_episodes
 
         def fail_half_way(self: Any, episodes: Any) -> None:
-            write(self, episodes[:1])
-            raise error
+            taken = list(itertools.islice(episodes, 1))
+            write(self, taken)
+            if taken:
+                raise error
 
         monkeypatch.setattr(HDF5Storage, "update_episodes", fail_half_way)
         with pytest.raises((DatasetError, KeyboardInterrupt)):
             to_minari(golden, "deep/er/second-v0")
         assert sorted(path.relative_to(minari_home) for path in minari_home.rglob("*")) == before
+
+    def test_what_others_write_meanwhile_stays(self, golden: OfflineDataset, minari_home: Path, assert_same: Any) -> None:
+        """In the same new namespace, by another process, while this one is interrupted; then under the same id."""
+
+        def interrupted(share: float) -> None:
+            to_minari(golden, "deep/er/theirs-v0")
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            to_minari(golden, "deep/er/mine-v0", progress=interrupted)
+        assert_same(from_minari("deep/er/theirs-v0"), golden)
+        assert list(minari.list_local_datasets()) == ["deep/er/theirs-v0"]
+        assert minari.namespace.list_local_namespaces() == ["deep", "deep/er"]
+
+        def first(share: float) -> None:
+            if not (minari_home / "deep" / "same-v0").exists():
+                to_minari(golden, "deep/same-v0")
+
+        with pytest.raises(DatasetError, match=r"same-v0: expected an id that is not taken, there is a data set at"):
+            to_minari(golden[:1], "deep/same-v0", progress=first)
+        assert_same(from_minari("deep/same-v0"), golden)
+        assert not list(minari_home.rglob(".*"))
+
+    def test_leftovers_of_killed_runs_go(self, golden: OfflineDataset, minari_home: Path) -> None:
+        with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+            gone.wait()
+        left = minari_home / f".deep.{_files._machine()}-{gone.pid}-00ff{_files._WRITING}"
+        (left / "data").mkdir(parents=True)
+        to_minari(golden, "deep/mine-v0")
+        assert [path.name for path in minari_home.iterdir()] == ["deep"]
+
+    @pytest.mark.parametrize("data_format", STORAGES)
+    @pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+    def test_full_disk(self, tmp_path: Path, minari_home: Path, data_format: str) -> None:
+        """In a process of its own: HDF5 used to take it down."""
+        code = f"""
+import resource, sys
+import numpy as np
+from cql_plugins.adapters import DatasetError, from_arrays, to_minari
+rows, ends = np.random.default_rng(0).normal(size=(3000, 60)), np.arange(3000) % 1000 == 999
+dataset = from_arrays(rows, np.tanh(rows), rows[:, 0], ends, ~ends & False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    to_minari(dataset, "deep/mine-v0", data_format="{data_format}")
+except DatasetError as error:
+    print(error)
+    sys.exit(7)
+"""
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (7, "")
+        assert re.search(r"deep/mine-v0: Minari cannot store it: .*(File too large|could not write)", done.stdout)
+        assert list(minari_home.iterdir()) == []
 
     def test_storage_library_missing(self, golden: OfflineDataset, minari_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*args: Any, **kwargs: Any) -> Any:
