@@ -4,22 +4,38 @@ Arrow takes the offsets and lengths in a file as they are unless it is asked to 
 size they declare.
 """
 
+import io
 import math
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
 
+from cql_plugins.adapters._tree import Array
 from cql_plugins.adapters._untrusted import check_memory, check_packed, check_regular_file
 from cql_plugins.adapters._validation import DatasetError
 
+_COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations")
 _IGNORED = ("_", ".", "metadata.json")
 """Prefixes of files that Minari does not read as data."""
 _MAGIC = b"ARROW1"
 _RECORD_BATCH = 3
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One episode, named as Minari's own `EpisodeData`."""
+
+    observations: Any
+    actions: Any
+    rewards: Array
+    terminations: Array
+    truncations: Array
 
 
 class EpisodeFolder:
@@ -47,6 +63,33 @@ class EpisodeFolder:
             for name in names:
                 if not name.startswith(_IGNORED):
                     yield from self._check_file(Path(parent, name))
+
+    def read(self) -> Columns:
+        """Read all rows as one episode; after `check`.
+
+        Minari takes each batch of rows for an episode, and there are several where an episode is longer than 32,767 rows or a
+        file has several groups of rows: the rest of the data set would be lost.
+        """
+        import pyarrow.dataset
+
+        stored = pyarrow.dataset.dataset(str(self._folder), format=self._format, ignore_prefixes=list(_IGNORED))
+        table = stored.to_table(columns=list(_COLUMNS))
+        column = {name: _joined(table.column(name)) for name in _COLUMNS}
+        return Columns(
+            observations=self._decode(column["observations"], self._space_of["observations"], "observations"),
+            # The other columns have a row more than there are steps, as observations have.
+            actions=self._decode(column["actions"][:-1], self._space_of["actions"], "actions"),
+            **{name: column[name][:-1].to_numpy(zero_copy_only=False) for name in _COLUMNS[2:]},
+        )
+
+    def _decode(self, values: Any, space: spaces.Space[Any], name: str) -> Any:
+        if isinstance(space, spaces.Dict):
+            return {key: self._decode(values.field(key), subspace, f"{name}.{key}") for key, subspace in space.spaces.items()}
+        if name in self._images:
+            return _decode_images(values, tuple(space.shape or ()))
+        if isinstance(space, spaces.Discrete):
+            return values.to_numpy(zero_copy_only=False)
+        return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), *(space.shape or ()))
 
     def _check_file(self, path: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
         n_bytes = check_regular_file(path, f"a file with {self._format} columns", self._source)
@@ -83,16 +126,16 @@ class EpisodeFolder:
         import pyarrow as pa
 
         names = list(schema.names)
-        for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+        for name in _COLUMNS:
             if names.count(name) != 1:
                 raise self._error(f"expected one column of this name, got {names.count(name)}", name)
         for name, space in self._space_of.items():
             self._check_type(schema.field(name).type, space, name)
-        for name in ("rewards", "terminations", "truncations"):
+        for name in _COLUMNS[2:]:
             kind = schema.field(name).type
             if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
                 raise self._error(f"expected a column of numbers, got {str(kind)[:100]}", name)
-        for name in set(names) - {"observations", "actions", "rewards", "terminations", "truncations"}:
+        for name in set(names) - set(_COLUMNS):
             _check_info_type(schema.field(name).type, name, self._source)
 
     def _check_type(self, kind: Any, space: spaces.Space[Any], name: str) -> None:
@@ -129,6 +172,21 @@ class EpisodeFolder:
 
     def _error(self, problem: str, field: str) -> DatasetError:
         return DatasetError(problem, source=self._source, field=field)
+
+
+def _joined(column: Any) -> Any:
+    """Return the rows of all batches as one array."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _decode_images(frames: Any, shape: tuple[int, ...]) -> Array:
+    """Decode JPEG files that `check_images` has looked at."""
+    from PIL import Image
+
+    images = np.empty((len(frames), *shape), np.uint8)
+    for row, frame in enumerate(frames):
+        images[row] = np.asarray(Image.open(io.BytesIO(frame.as_py()), formats=("JPEG",)))
+    return images
 
 
 def _row_bytes(schema: Any) -> int:

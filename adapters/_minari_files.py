@@ -156,7 +156,7 @@ class MinariFiles:
         return DatasetError(problem, source=self._source, field=field, hint=hint)
 
     def beside_episodes(self) -> set[str]:
-        """Tell which of `infos`, `seed` and `options` are stored with an episode; for files that `checked` has looked at."""
+        """Tell which of `infos`, `seed` and `options` are stored with an episode; for files that `episodes` has read."""
         data_format, found = str(self.metadata.get("data_format")), set[str]()
         episodes = range(self.metadata["total_episodes"])
         if data_format == "hdf5":
@@ -180,21 +180,24 @@ class MinariFiles:
 
     # Data -------------------------------------------------------------------------------------------------------------
 
-    def checked(self, dataset: Any) -> Iterator[None]:
-        """Look at the data of one episode after the other; each `next` is to come before Minari reads that episode.
+    def episodes(self, dataset: Any) -> Iterator[Any]:
+        """Read one episode after the other, each after a look at its data.
 
         Args:
             dataset: The Minari data set.
 
+        Yields:
+            Minari's `EpisodeData`, or what has its fields.
+
         Raises:
-            DatasetError: If an episode is anything but plain data in its own files.
+            DatasetError: If an episode is anything but plain data in its own files, or cannot be read; it is named.
         """
         data_format = self.metadata.get("data_format")
         space_of = {"observations": dataset.observation_space, "actions": dataset.action_space}
         if data_format == "hdf5":
-            yield from self._check_hdf5(dataset, self._images(space_of))
+            yield from self._read_hdf5(dataset, self._images(space_of))
         elif data_format in ("arrow", "parquet"):
-            yield from self._check_arrow(dataset, space_of, str(data_format))
+            yield from self._read_arrow(dataset, space_of, str(data_format))
         else:
             raise self._error(f"expected hdf5, arrow or parquet in the metadata, got {data_format!r:.100}", "data_format")
 
@@ -208,10 +211,10 @@ class MinariFiles:
         leaves = [leaf for field, space in space_of.items() for leaf in _space_leaves(space, field)]
         return [(name, tuple(leaf.shape or ())) for name, leaf in leaves if is_image_space(leaf)]
 
-    def _check_hdf5(self, dataset: Any, images: list[tuple[str, tuple[int, ...]]]) -> Iterator[None]:
+    def _read_hdf5(self, dataset: Any, images: list[tuple[str, tuple[int, ...]]]) -> Iterator[Any]:
         import h5py
 
-        path, seen = self.folder / _HDF5, set[str]()
+        path, seen, episodes = self.folder / _HDF5, set[str](), None
         with contextlib.ExitStack() as stack:
             with reading_episode(self._source, 0, self.folder):
                 n_bytes = check_regular_file(path, f"the file {_HDF5}", self._source)
@@ -223,7 +226,9 @@ class MinariFiles:
                     if name not in seen and objects.has(file, name):  # where it is missing Minari says so
                         seen.add(name)
                         self._check_episode(objects, file, name, images)
-                yield
+                    episodes = episodes or iter(dataset.iterate_episodes())
+                    read = next(episodes)
+                yield read
 
     def _check_episode(self, objects: PlainObjects, file: Any, name: str, images: list[tuple[str, tuple[int, ...]]]) -> None:
         before = objects.n_bytes
@@ -237,18 +242,17 @@ class MinariFiles:
             elif leaf.dtype.kind in "OS" and not field.startswith(".infos."):
                 raise self._error(f"expected a plain array of numbers, got dtype {leaf.dtype}", field[1:])
 
-    def _check_arrow(self, dataset: Any, space_of: dict[str, Any], data_format: str) -> Iterator[None]:
+    def _read_arrow(self, dataset: Any, space_of: dict[str, Any], data_format: str) -> Iterator[Any]:
         from cql_plugins.adapters._arrow import EpisodeFolder
 
         images = dict(self._images(space_of))
-        # All before the first is read: Minari's reader runs ahead in threads.
         for index, episode in enumerate(dataset.episode_indices):
             with reading_episode(self._source, index, self.folder):
                 folder = EpisodeFolder(self.folder / str(int(episode)), data_format, space_of, set(images), self._source)
                 for name, frames in folder.check():
                     check_images(frames, images[name], self._source, name)
-        while True:
-            yield
+                read = folder.read()
+            yield read
 
 
 def _space_leaves(space: spaces.Space[Any], name: str) -> Iterator[tuple[str, spaces.Space[Any]]]:

@@ -30,7 +30,7 @@ Storage: TypeAlias = Literal["memory", "memmap"]
 Allocate: TypeAlias = Callable[[tuple[int, ...], Any], Array]
 """From shape and dtype to an array to be filled."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the files, and of what readers make of a source: raise it where either changes, and old entries are not used."""
 _MANIFEST = "manifest.json"
 _ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations", "unflagged")

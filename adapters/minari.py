@@ -19,7 +19,7 @@ from gymnasium import spaces
 
 from cql_plugins._files import outermost_missing, remove_leftovers, whole_folder
 from cql_plugins.adapters._hdf5 import Unfailing
-from cql_plugins.adapters._minari_files import TRANSFORM, MinariFiles, check_id, reading_episode
+from cql_plugins.adapters._minari_files import TRANSFORM, MinariFiles, check_id
 from cql_plugins.adapters._steps import OnProgress, announce
 from cql_plugins.adapters._storage import Allocate, Origin, Storage, check_storage, fingerprint, in_memory, stored
 from cql_plugins.adapters._tree import Array, is_mapped, map_leaves, named_leaves, row_nbytes
@@ -284,23 +284,13 @@ class _EpisodeReader:
 
     def read(self) -> None:
         """Append every episode."""
-        for index, episode in self._episodes():
+        for index, episode in enumerate(self.files.episodes(self.dataset)):
             try:
                 self._read_episode(episode, Where(self.where.source, episode=index))
             except KeyError as error:
                 raise self.where.error(f"expected the field {error}, it is missing") from error
         if "rewards" not in self.fields:
             raise self.where.error("expected at least one usable transition, got none")
-
-    def _episodes(self) -> "Iterator[tuple[int, Any]]":
-        """Yield `(number, episode)`; whatever Minari raises while reading becomes an error that names the episode."""
-        source, checks, iterator = self.where.source, self.files.checked(self.dataset), None
-        for index in range(int(self.dataset.total_episodes)):
-            next(checks)
-            with reading_episode(source, index, self.files.folder):
-                iterator = iterator or iter(self.dataset.iterate_episodes())
-                episode = next(iterator)
-            yield index, episode
 
     def _read_episode(self, episode: Any, where: Where) -> None:
         rewards = check_rewards(episode.rewards, None, "rewards", where)
@@ -390,7 +380,6 @@ class _EpisodeReader:
         """Say what was not in order."""
         notes = []
         if self.n_steps != self.dataset.total_steps:
-            # Seen where a storage hands out a very long episode in pieces.
             notes.append(f"the metadata counts {self.dataset.total_steps} steps, the episodes hold {self.n_steps}")
         if self.n_unflagged:
             notes.append(f"{self.n_unflagged} episode(s) end with neither flag, taken as truncated")

@@ -109,6 +109,34 @@ class TestFromMinari:
         with pytest.raises(DatasetError, match="Without one Minari builds the environment that the file names"):
             from_minari(tmp_path / "any name.at all")
 
+    @pytest.mark.parametrize("data_format", STORAGES)
+    def test_episode_longer_than_a_batch_of_rows(self, store: Callable[..., Any], data_format: str) -> None:
+        """Minari's reader takes the batches of 32,768 (Arrow) or 131,072 rows (Parquet) for episodes."""
+        store(_episode(0, 140_000, end="t"), _episode(1e6, 3), _episode(2e6, 4, end="t"), data_format=data_format)
+        dataset = from_minari("made/up-v0")
+        assert dataset.episode_lengths.tolist() == [140_000, 3, 4]
+        np.testing.assert_array_equal(dataset.rewards[:140_000], np.arange(140_000))
+        assert dataset.rewards[140_000:].tolist() == [1e6, 1e6 + 1, 1e6 + 2, 2e6, 2e6 + 1, 2e6 + 2, 2e6 + 3]
+        assert np.flatnonzero(dataset.terminations).tolist() == [139_999, 140_006]
+        assert np.flatnonzero(dataset.truncations).tolist() == [140_002]
+
+    @pytest.mark.parametrize("data_format", STORAGES[1:])
+    def test_several_batches_and_files(self, store: Callable[..., Any], minari_home: Path, data_format: str) -> None:
+        store(_episode(0, 4, end="t"), _episode(10, 2), data_format=data_format)
+        expected = from_minari("made/up-v0").observations[:, 0].tolist()
+        (path,) = (minari_home / "made/up-v0/data/0").glob(f"*.{data_format}")
+        pa, dataset = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.dataset")
+        rows = dataset.dataset(str(path), format=data_format).to_table()
+        path.unlink()
+        for name, part in (("a", rows[:1]), ("b", rows[1:])):
+            if data_format == "arrow":
+                with pa.ipc.new_file(str(path.with_stem(name)), part.schema) as file:
+                    file.write_table(part, max_chunksize=2)
+                    file.write_table(part[:0])
+            else:
+                pytest.importorskip("pyarrow.parquet").write_table(part, path.with_stem(name), row_group_size=2)
+        assert from_minari("made/up-v0").observations[:, 0].tolist() == expected
+
     def test_environment_id(self, store: Callable[..., Any]) -> None:
         store(_episode(0, 3), env=gym.make("Pendulum-v1"))
         assert from_minari("made/up-v0").env_id == "Pendulum-v1"

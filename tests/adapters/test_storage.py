@@ -259,7 +259,7 @@ class TestReuse:
         (folder / "manifest.json").write_text(text)
         assert_same(self._read(path, quietly), first)
         assert entries(cache) == [folder.name]
-        assert json.loads((folder / "manifest.json").read_text())["format"] == 1
+        assert json.loads((folder / "manifest.json").read_text())["format"] == 2
 
 
 class _Trap:
