@@ -34,8 +34,8 @@ REFERENCE_SCORES: dict[str, tuple[float, float]] = {
 _END = r"(?:-v\d+)?$"
 _LOCOMOTION = r"(?P<task>halfcheetah|hopper|walker2d|ant)"
 _ADROIT = r"(?P<task>pen|door|hammer|relocate)"
-# Ids are lower-cased with "_" read as "-". Whole ids are matched, since "ant" is also in "antmaze" and "pen" in
-# "pendulum".
+# Ids are lower-cased with "_" read as "-", and "ant-maze", as D4RL names its files, as "antmaze". Whole ids are matched, since
+# "ant" is also in "antmaze" and "pen" in "pendulum".
 _PATTERNS = [
     re.compile(rf"^{_LOCOMOTION}(?:-[a-z-]+)?{_END}"),  # D4RL and environment ids
     re.compile(rf"(?:^|/){_LOCOMOTION}/[^/]+$"),  # Minari ids
@@ -58,7 +58,7 @@ def find_task(dataset_or_env_id: str) -> str | None:
     Returns:
         A key of `REFERENCE_SCORES`, or None where the id belongs to none of them.
     """
-    text = dataset_or_env_id.strip().lower().replace("_", "-")
+    text = dataset_or_env_id.strip().lower().replace("_", "-").replace("ant-maze", "antmaze")
     for pattern in _PATTERNS:
         match = pattern.search(text)
         if match is None:
