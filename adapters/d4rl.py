@@ -150,13 +150,18 @@ def _steps_of(fields: Mapping[str, Any], present: list[str], source: str) -> Ste
     return Steps(
         observations=fields["observations"],
         actions=fields["actions"],
-        rewards=fields["rewards"],
-        terminations=fields["terminals"],
-        truncations=fields.get("timeouts"),
+        rewards=_vector(fields["rewards"]),
+        terminations=_vector(fields["terminals"]),
+        truncations=_vector(fields.get("timeouts")),
         next_observations=fields.get("next_observations"),
         source=source,
         names=_NAMES,
     )
+
+
+def _vector(column: Any) -> Any:
+    """Drop the last axis of a column of shape `(N, 1)`, as D4RL's own `get_dataset` does."""
+    return column[:, 0] if getattr(column, "ndim", 0) == 2 and column.shape[1] == 1 else column
 
 
 def _leaves_unit_box(actions: Any) -> bool:

@@ -51,6 +51,19 @@ class TestFromD4rl:
         assert_same(dataset, golden)
         assert (dataset.name, dataset.env_id) == ("door-human-v1", "AdroitHandDoor-v1")
 
+    @pytest.mark.parametrize("storage", ["memory", "memmap"])
+    def test_columns_of_one(
+        self, tmp_path: Path, fields: dict[str, Any], golden: OfflineDataset, assert_same: Any, storage: Any
+    ) -> None:
+        """Such files are around; D4RL's own `get_dataset` takes them."""
+        for field in ("rewards", "terminals", "timeouts"):
+            fields[field] = np.asarray(fields[field])[:, None]
+        where = {} if storage == "memory" else {"cache_dir": tmp_path / "cache"}
+        assert_same(from_d4rl(_write(tmp_path / "data.hdf5", fields), storage=storage, **where), golden)
+        fields["rewards"] = np.repeat(fields["rewards"], 2, axis=1)
+        with pytest.raises(DatasetError, match="field 'rewards': expected rank 1"):
+            from_d4rl(fields)
+
     def test_group_of_observations(self, tmp_path: Path, fields: dict[str, Any]) -> None:
         for field in ("observations", "next_observations"):
             fields[f"{field}/state"] = fields.pop(field)
@@ -106,6 +119,13 @@ class TestWithoutTimeouts:
         assert dataset.episode_lengths.tolist() == [10]
         said = "max_episode_steps=3 did not end an episode of 10 steps, since timeouts are given"
         assert (said in str(caught[0].message)) == (limit == 3)
+
+    def test_time_limit_of_another_task(self) -> None:
+        """An AntMaze file is none of Ant's."""
+        values = np.zeros((2000, 1), np.float32)
+        fields = {"observations": values, "actions": values, "rewards": values[:, 0], "terminals": values[:, 0]}
+        with pytest.raises(DatasetError, match="Pass max_episode_steps"):
+            from_d4rl(fields, name="Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse")
 
     def test_time_limit_known(self) -> None:
         values = np.zeros((2000, 1), np.float32)
