@@ -444,7 +444,7 @@ def _lay_out_without_next(terminations: Flags, ends: Flags, unflagged: Flags, no
 
 def _keep_rows(source: Any, kept: Flags, allocate: Callable[[tuple[int, ...], Any], Array]) -> Array:
     """Copy the kept rows, block by block."""
-    result = allocate((int(kept.sum()), *source.shape[1:]), source.dtype)
+    result = allocate((int(kept.sum()), *source.shape[1:]), source.dtype.newbyteorder("="))
     filled = 0
     for start, stop in row_blocks(len(kept), row_nbytes(source)):
         block = kept[start:stop]
@@ -464,7 +464,7 @@ def _gather_observations(steps: Steps, layout: _Layout, allocate: Callable[[tupl
     def gather(source: Any, follower: Any) -> Array:
         field = next(names)
         n_rows = int(layout.observed.sum() + followed.sum())
-        result = allocate((n_rows, *source.shape[1:]), source.dtype)
+        result = allocate((n_rows, *source.shape[1:]), source.dtype.newbyteorder("="))
         for start, stop in row_blocks(len(followed), row_nbytes(source)):
             rows, observed = destinations[start:stop], layout.observed[start:stop]
             block = source[start:stop]

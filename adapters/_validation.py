@@ -139,7 +139,7 @@ def check_layout(array: Any, space: spaces.Space[Any], n_rows: int, field: str, 
                 field=field,
                 hint=f"Convert with .astype({np.dtype(space.dtype).name!r}), or give the space that fits",
             )
-    elif np.dtype(array.dtype) != np.dtype(space.dtype):
+    elif np.dtype(array.dtype).newbyteorder("=") != np.dtype(space.dtype):
         raise where.error(f"expected dtype {space.dtype} for {space}, got {_describe(array)}", field=field)
 
 

@@ -180,6 +180,15 @@ class TestInference:
         with pytest.raises(DatasetError, match=message):
             from_arrays(**steps | changes)
 
+    @pytest.mark.parametrize("dtype", [">u2", ">i4", ">f8"])
+    def test_bytes_in_the_other_order(self, steps: dict[str, Any], quietly: Any, dtype: str) -> None:
+        """Files from other machines: the same numbers, in this machine's order."""
+        for field in ("observations", "next_observations"):
+            steps[field] = steps[field].astype(dtype)
+        dataset = quietly(from_arrays, **steps | {"observation_space": None})
+        assert dataset.observations.dtype == dataset.observation_space.dtype == np.dtype(dtype).newbyteorder("=")
+        assert dataset.observations[:, 0].tolist() == [0, 1, 2, 3, 100, 101, 102]
+
 
 class TestRefused:
     @pytest.mark.parametrize(
