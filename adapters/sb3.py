@@ -198,7 +198,7 @@ def _check_fit(dataset: OfflineDataset, observation_space: spaces.Space[Any], ac
         inferred = field in dataset.inferred_spaces
         problem = (
             _misfit(own, target, inferred)
-            or (_degenerate_bounds(target) if field == "action_space" else _nested(target))
+            or (_degenerate_bounds(target) if field == "action_space" else _nested(target) or _scalar(target))
             or _shifted(target)
         )
         if problem:
@@ -287,6 +287,18 @@ def _nested(space: spaces.Space[Any]) -> str | None:
         if nested
         else None
     )
+
+
+def _scalar(space: spaces.Space[Any]) -> str | None:
+    """Find single numbers without an axis: SB3's buffers store them, and fail when they are sampled."""
+    if isinstance(space, spaces.Dict):
+        return next((f"at key '{key}', {problem}" for key, sub in space.items() if (problem := _scalar(sub))), None)
+    if isinstance(space, spaces.Box) and space.shape == ():
+        return (
+            "Stable-Baselines3 cannot sample observations of shape (). Give them the shape (1,) in the data, and in the "
+            "environment by a wrapper"
+        )
+    return None
 
 
 def _degenerate_bounds(space: spaces.Space[Any]) -> str | None:
@@ -449,7 +461,7 @@ def _unscale(actions: Array, space: spaces.Space[Any]) -> Array:
     if not isinstance(space, spaces.Box):
         integers: Array = np.rint(shaped).astype(space.dtype or np.int64)
         return integers
-    if np.all(space.low == -1) and np.all(space.high == 1):
-        return shaped.astype(space.dtype)
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    return np.clip(low + 0.5 * (shaped + 1.0) * (high - low), low, high).astype(space.dtype)
+    if not (np.all(low == -1) and np.all(high == 1)):
+        shaped = np.clip(low + 0.5 * (shaped + 1.0) * (high - low), low, high)
+    return (np.rint(shaped) if np.dtype(space.dtype).kind in "iu" else shaped).astype(space.dtype)

@@ -173,6 +173,13 @@ class TestActions:
         np.testing.assert_array_equal(buffer.actions[:, 0], actions.reshape(5, 4))
         np.testing.assert_array_equal(from_sb3(buffer).actions, actions)
 
+    @pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+    def test_whole_numbers(self, arguments: dict[str, Any], dtype: Any) -> None:
+        chosen = np.array([[0, 10], [1, 9], [2, 8], [3, 7], [4, 6]], dtype)
+        dataset = OfflineDataset(**arguments | {"actions": chosen, "action_space": spaces.Box(0, 10, (2,), dtype)})
+        back = from_sb3(to_sb3(dataset, env_of(dataset))).actions
+        assert (back.tolist(), back.dtype) == (chosen.tolist(), dtype)
+
     def test_discrete(self, arguments: dict[str, Any]) -> None:
         chosen = np.array([0, 2, 1, 2, 0])
         dataset = OfflineDataset(**arguments | {"actions": chosen, "action_space": spaces.Discrete(3)})
@@ -266,6 +273,16 @@ class TestFit:
     def test_discrete_ranges(self, arguments: dict[str, Any]) -> None:
         changes = {"actions": np.zeros(5, int), "action_space": spaces.Discrete(3)}
         self._refused(OfflineDataset(**arguments | changes), "integers differ", action_space=spaces.Discrete(4))
+
+    @pytest.mark.parametrize("key", [None, "speed"])
+    def test_single_numbers(self, arguments: dict[str, Any], key: str | None) -> None:
+        values, space = arguments["observations"][:, 0], spaces.Box(-np.inf, np.inf, (), np.float32)
+        changes: dict[str, Any] = {"observations": values, "observation_space": space}
+        if key:
+            changes = {"observations": {key: values}, "observation_space": spaces.Dict({key: space})}
+        dataset = OfflineDataset(**arguments | changes)
+        with pytest.raises(DatasetError, match=r"cannot sample observations of shape \(\)\. Give them the shape \(1,\)"):
+            to_sb3(dataset, env_of(dataset))
 
     @pytest.mark.parametrize("field", ["action_space", "observation_space", "key"])
     def test_integers_that_do_not_start_at_0(self, arguments: dict[str, Any], field: str) -> None:
