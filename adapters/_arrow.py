@@ -8,7 +8,7 @@ import io
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class EpisodeFolder:
             # What is said of single columns is not asked for: pyarrow ends the process where that is damaged.
             groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
             n_rows = sum(abs(group.num_rows) for group in groups)
-            declared = max(sum(abs(group.total_byte_size) for group in groups), n_rows * _row_bytes(file.schema_arrow))
+            declared = max(sum(abs(group.total_byte_size) for group in groups), n_rows * _row_bytes(file.schema_arrow.types))
             check_packed(declared, n_bytes, self._source)
             check_memory(2 * declared, self._source)
             yield from file.iter_batches()
@@ -189,11 +189,19 @@ def _decode_images(frames: Any, shape: tuple[int, ...]) -> Array:
     return images
 
 
-def _row_bytes(schema: Any) -> int:
-    """Bytes of a row, at eight for a number."""
+def _row_bytes(kinds: Iterable[Any]) -> int:
+    """Bytes of a row as NumPy holds it, at eight for what has no width of its own."""
     import pyarrow as pa
 
-    return sum(8 * (kind.list_size if pa.types.is_fixed_size_list(kind) else 1) for kind in schema.types)
+    n_bytes = 0
+    for kind in kinds:
+        if pa.types.is_struct(kind):
+            n_bytes += _row_bytes(field.type for field in kind)
+        elif pa.types.is_fixed_size_list(kind):
+            n_bytes += kind.list_size * _row_bytes([kind.value_type])
+        else:
+            n_bytes += max(kind.bit_width // 8, 1) if _is_number(kind) else 8
+    return n_bytes
 
 
 def _is_number(kind: Any) -> bool:

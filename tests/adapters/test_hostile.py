@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 
-from cql_plugins.adapters import DatasetError, OfflineDataset, _untrusted, from_d4rl, from_minari, from_npz, to_minari
+from cql_plugins.adapters import DatasetError, OfflineDataset, _arrow, _untrusted, from_d4rl, from_minari, from_npz, to_minari
 
 h5py, minari, pa = (pytest.importorskip(name) for name in ("h5py", "minari", "pyarrow"))
 pq = pytest.importorskip("pyarrow.parquet")
@@ -791,8 +792,8 @@ class TestArrow:
     def test_parquet_that_declares_more(self, stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         data = stored("parquet")
         assert len(from_minari("made/up-v0")) == 5
-        monkeypatch.setenv("CQL_PLUGINS_MAX_MEMORY", "300")
-        with pytest.raises(DatasetError, match="made/up-v0, episode 0: expected at most 300 bytes"):
+        monkeypatch.setenv("CQL_PLUGINS_MAX_MEMORY", "100")
+        with pytest.raises(DatasetError, match="made/up-v0, episode 0: expected at most 100 bytes"):
             from_minari("made/up-v0")
         (path,) = (data / "0").glob("*.parquet")
         n = 10**6
@@ -806,8 +807,33 @@ class TestArrow:
         pq.write_table(pa.table(columns, names=table.column_names), path)
         monkeypatch.delenv("CQL_PLUGINS_MAX_MEMORY")
         monkeypatch.setattr(_untrusted, "SMALL", 1000)
-        with pytest.raises(DatasetError, match="episode 0: expected at most 1100 bytes for each one stored"):
+        monkeypatch.setattr(_untrusted, "PACKED_AT_MOST", 400)
+        with pytest.raises(DatasetError, match="episode 0: expected at most 400 bytes for each one stored, got 22,000,000"):
             from_minari("made/up-v0")
+
+    @pytest.mark.skipif(not HAS_PARQUET, reason="this Minari has no Parquet")
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_parquet_that_packs_well(self, monkeypatch: pytest.MonkeyPatch, nested: bool) -> None:
+        """Bytes of images are counted as bytes, also those in dicts."""
+        space: spaces.Space[Any] = spaces.Box(0, 255, (50, 40), np.uint8)
+        seen: Any = np.zeros((1001, 50, 40), np.uint8)
+        if nested:
+            space, seen = spaces.Dict({"eye": space}), {"eye": seen}
+        ends = np.arange(1000) == 999
+        dataset = OfflineDataset(
+            seen,
+            np.zeros(1000, int),
+            np.zeros(1000),
+            ~ends & False,
+            ends,
+            observation_space=space,
+            action_space=spaces.Discrete(2),
+        )
+        to_minari(dataset, "made/up-v0", data_format="parquet")
+        n_bytes, asked = 1001 * 50 * 40, []
+        monkeypatch.setattr(_arrow, "check_packed", lambda declared, *_: asked.append(declared))
+        assert len(from_minari("made/up-v0")) == 1000
+        assert [n_bytes < declared < 1.1 * n_bytes for declared in asked] == [True]
 
     def test_pipe_in_an_episode(self, stored: Any) -> None:
         os.mkfifo(stored("arrow") / "0" / "pipe")
