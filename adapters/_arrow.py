@@ -41,23 +41,27 @@ class Columns:
 class EpisodeFolder:
     """The files of one episode."""
 
-    def __init__(self, folder: Path, data_format: str, space_of: dict[str, Any], images: set[str], source: str) -> None:
+    def __init__(
+        self, folder: Path, data_format: str, space_of: dict[str, Any], images: dict[str, tuple[int, ...]], source: str
+    ) -> None:
         """Take note of what is expected.
 
         Args:
             folder: The episode's folder.
             data_format: `arrow` or `parquet`.
             space_of: Spaces of `observations` and `actions`.
-            images: Names of those of their leaves that hold encoded images.
+            images: Those of their leaves that hold encoded images, with the shape of one.
             source: Source used in messages.
         """
         self._folder, self._format, self._space_of, self._images, self._source = folder, data_format, space_of, images, source
+        self._image_bytes = sum(math.prod(shape) for shape in images.values())
+        self._n_bytes = 0
 
     def check(self) -> Iterator[tuple[str, Iterator[bytes]]]:
         """Look at all files; yield the name and the frames of each column of images, for the caller to look at.
 
         Raises:
-            DatasetError: If a file is anything but plain columns of the expected types.
+            DatasetError: If a file is anything but plain columns of the expected types, or the episode cannot fit in memory.
         """
         for parent, _, names in os.walk(self._folder):
             for name in names:
@@ -95,13 +99,20 @@ class EpisodeFolder:
         n_bytes = check_regular_file(path, f"a file with {self._format} columns", self._source)
         for batch in self._parquet_batches(path, n_bytes) if self._format == "parquet" else self._arrow_batches(path, n_bytes):
             batch.validate(full=True)
+            self._count(batch.num_rows * self._image_bytes)
             for field, space in self._space_of.items():
                 yield from self._frames(batch.column(field), space, field)
+
+    def _count(self, n_bytes: int) -> None:
+        """Count what is read, and that it is copied."""
+        self._n_bytes += n_bytes
+        check_memory(2 * self._n_bytes, self._source, mapped=True)
 
     def _arrow_batches(self, path: Path, n_bytes: int) -> Iterator[Any]:
         import pyarrow as pa
 
         check_plain_buffers(path, n_bytes)
+        self._count(n_bytes)
         with pa.OSFile(str(path), "rb") as file, pa.ipc.open_file(file) as reader:
             self._check_schema(reader.schema)
             for index in range(reader.num_record_batches):
@@ -117,7 +128,7 @@ class EpisodeFolder:
             n_rows = sum(abs(group.num_rows) for group in groups)
             declared = max(sum(abs(group.total_byte_size) for group in groups), n_rows * _row_bytes(file.schema_arrow.types))
             check_packed(declared, n_bytes, self._source)
-            check_memory(2 * declared, self._source)
+            self._count(declared)
             yield from file.iter_batches()
 
     # Types ------------------------------------------------------------------------------------------------------------

@@ -233,9 +233,10 @@ class MinariFiles:
     def _check_episode(self, objects: PlainObjects, file: Any, name: str, images: list[tuple[str, tuple[int, ...]]]) -> None:
         before = objects.n_bytes
         leaves = list(named_leaves(objects.open(file, name, name, strings=True, images=bool(images)), ""))
-        # As Minari reads it, and as it is copied.
-        check_memory(2 * (objects.n_bytes - before), self._source, name)
         image_shapes = {f".{field}": shape for field, shape in images}
+        decoded = sum(math.prod((*leaf.shape[:1], *image_shapes[field])) for field, leaf in leaves if field in image_shapes)
+        # As Minari reads it, and as it is copied.
+        check_memory(2 * (objects.n_bytes - before + decoded), self._source, name, mapped=True)
         for field, leaf in leaves:
             if field in image_shapes:
                 check_images(_rows(leaf), image_shapes[field], self._source, field[1:])
@@ -248,7 +249,7 @@ class MinariFiles:
         images = dict(self._images(space_of))
         for index, episode in enumerate(dataset.episode_indices):
             with reading_episode(self._source, index, self.folder):
-                folder = EpisodeFolder(self.folder / str(int(episode)), data_format, space_of, set(images), self._source)
+                folder = EpisodeFolder(self.folder / str(int(episode)), data_format, space_of, images, self._source)
                 for name, frames in folder.check():
                     check_images(frames, images[name], self._source, name)
                 read = folder.read()

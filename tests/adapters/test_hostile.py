@@ -668,6 +668,18 @@ class TestImages:
         self._replace(data, self._encoded("JPEG"))
         assert from_minari("eye-v0").observations["eye"].shape == (8, 32, 33, 3)
 
+    @pytest.mark.parametrize("storage", ["memory", "memmap"])
+    def test_more_than_fits_when_decoded(
+        self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: Any
+    ) -> None:
+        """Refused before it is decoded, also where the data set itself goes to files."""
+        self._replace(data, self._encoded("JPEG"))
+        monkeypatch.setenv("CQL_PLUGINS_MAX_MEMORY", str(2 * 4 * 32 * 33 * 3))
+        monkeypatch.setattr("PIL.Image.open", lambda *args, **kwargs: pytest.fail("it is decoded"))
+        where = {} if storage == "memory" else {"cache_dir": tmp_path / "cache"}
+        with pytest.raises(DatasetError, match=r"episode 0: expected at most 25,344 bytes, reading .* takes 3\d,\d{3}"):
+            from_minari("eye-v0", storage=storage, **where)
+
     @pytest.mark.parametrize("kind", ["PNG", "BMP", "EPS"])
     def test_other_decoders(self, data: Path, kind: str) -> None:
         """Pillow would start a program for EPS."""
@@ -834,6 +846,13 @@ class TestArrow:
         monkeypatch.setattr(_arrow, "check_packed", lambda declared, *_: asked.append(declared))
         assert len(from_minari("made/up-v0")) == 1000
         assert [n_bytes < declared < 1.1 * n_bytes for declared in asked] == [True]
+
+    def test_arrow_that_is_larger_than_memory(self, stored: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = stored("arrow")
+        (path,) = (data / "0").glob("*.arrow")
+        monkeypatch.setenv("CQL_PLUGINS_MAX_MEMORY", str(2 * path.stat().st_size - 1))
+        with pytest.raises(DatasetError, match=r"made/up-v0, episode 0: expected at most .* bytes, reading what is declared"):
+            from_minari("made/up-v0", storage="memmap", cache_dir=tmp_path / "cache")
 
     def test_pipe_in_an_episode(self, stored: Any) -> None:
         os.mkfifo(stored("arrow") / "0" / "pipe")
