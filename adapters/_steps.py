@@ -1,17 +1,19 @@
 """From one row per step, the layout of most files, to the `T + 1` observations per episode of `OfflineDataset`, and back."""
 
+import contextlib
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from cql_plugins._files import whole_file
 from cql_plugins.adapters._tree import Array, extremes, map_leaves, named_leaves, row_blocks, row_nbytes
 from cql_plugins.adapters._untrusted import MAX_DEPTH
 from cql_plugins.adapters._validation import (
@@ -585,15 +587,25 @@ def _slashed(tree: Any, name: str, source: str, depth: int = 0) -> Iterator[tupl
         yield from _slashed(branch, f"{name}/{key}", source, depth + 1)
 
 
-def check_free(path: "str | os.PathLike[str]", overwrite: bool) -> None:
-    """Refuse to write where something is.
+@contextlib.contextmanager
+def new_file(path: "str | os.PathLike[str]", overwrite: bool) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears when it is whole; refuse to where something is, at the start and at the end.
 
     Raises:
-        DatasetError: If there is, and it is not to be overwritten.
+        DatasetError: If there is something, and it is not to be overwritten.
+        OSError: If the disk does not take it.
     """
+    taken = DatasetError(
+        "expected a name that is not taken, there is something",
+        source=str(Path(path)),
+        hint="Choose another name, or pass overwrite=True",
+    )
     if not overwrite and os.path.lexists(path):
-        raise DatasetError(
-            "expected a name that is not taken, there is something",
-            source=str(Path(path)),
-            hint="Choose another name, or pass overwrite=True",
-        )
+        raise taken
+    try:
+        with whole_file(path, replace=overwrite) as file:
+            yield file
+    except FileExistsError as error:
+        if error.errno is None:
+            raise taken from error
+        raise

@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from cql_plugins._files import whole_file
 from cql_plugins.adapters._steps import (
     OnProgress,
     Steps,
     announce,
-    check_free,
     dataset_from_steps,
+    new_file,
     read_steps,
     step_columns,
 )
@@ -327,9 +326,8 @@ def to_npz(
         DatasetError: If the path is taken, or a key of dict observations is empty, a dot or two, or has a slash.
         OSError: If the disk does not take it.
     """
-    check_free(path, overwrite)
     columns = step_columns(dataset, str(path), progress=progress)
-    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with new_file(path, overwrite) as file, zipfile.ZipFile(file, "w") as archive:
         for column in columns:
             member = zipfile.ZipInfo(f"{column.name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             member.compress_type = zipfile.ZIP_DEFLATED

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from cql_plugins._files import whole_file
 from cql_plugins.adapters._hdf5 import PlainObjects, Unfailing, declared_bytes
-from cql_plugins.adapters._steps import FieldNames, OnProgress, Steps, announce, check_free, read_steps, step_columns
+from cql_plugins.adapters._steps import FieldNames, OnProgress, Steps, announce, new_file, read_steps, step_columns
 from cql_plugins.adapters._storage import (
     Allocate,
     ColumnFiles,
@@ -253,9 +252,8 @@ def to_d4rl(
         OSError: If the disk does not take it.
     """
     h5py = _import_h5py()
-    check_free(path, overwrite)
     columns = step_columns(dataset, str(path), _NAMES, progress)
-    with whole_file(path) as place:
+    with new_file(path, overwrite) as place:
         unfailing = Unfailing(place)
         with h5py.File(unfailing, "w") as file:
             for column in columns:

@@ -23,16 +23,18 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def whole_file(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears at its place only when all of it is on the disk.
 
     Args:
         path: Its place; what is there stays until the new one is whole. The folder is made where it is missing.
+        replace: Whether it may take the place of another file.
 
     Yields:
         The open file, binary, readable and seekable too.
 
     Raises:
+        FileExistsError: If something is there at the end, and not to be replaced.
         OSError: If the folder or the disk does not take it (full, read-only, no permission), with the number of the cause; the
             place is as it was, and nothing is left beside it.
     """
@@ -42,7 +44,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, place)
+        if replace:
+            os.replace(temporary, place)
+        else:
+            _put_in_free_place(temporary, place)
         _sync_folder(place.parent)
 
 
@@ -115,6 +120,18 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             removed.append(path)
     return removed
+
+
+def _put_in_free_place(temporary: Path, place: Path) -> None:
+    """Give a file its place unless another one is there; unlike a rename, a link does not replace."""
+    try:
+        os.link(temporary, place)
+    except FileExistsError as error:
+        raise _taken(place) from error
+    except OSError:  # a file system without links
+        if os.path.lexists(place):
+            raise _taken(place) from None
+        os.rename(temporary, place)
 
 
 def _taken(place: Path) -> FileExistsError:

@@ -192,6 +192,24 @@ class TestFile:
         write(golden, path, overwrite=True)
         assert_same(_read(golden, path), golden)
 
+    @pytest.mark.parametrize("links", [True, False])
+    def test_names_taken_meanwhile(
+        self, golden: OfflineDataset, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch, links: bool
+    ) -> None:
+        """The file that was whole first stays, also on a file system without links."""
+        write, path = FORMATS[suffix][0], tmp_path / f"data.{suffix}"
+
+        def refuse(*_: Any) -> None:
+            raise PermissionError(errno.EPERM, "no links here")
+
+        if not links:
+            monkeypatch.setattr(os, "link", refuse)
+        with pytest.raises(DatasetError, match=rf"data\.{suffix}: expected a name that is not taken.*overwrite=True"):
+            write(golden, path, progress=lambda share: path.write_bytes(b"theirs"))
+        assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [(path.name, b"theirs")]
+        write(golden, tmp_path / f"other.{suffix}")
+        assert sorted(one.name for one in tmp_path.iterdir()) == [path.name, f"other.{suffix}"]
+
     @pytest.mark.parametrize("key", ["a/b", "..", ""])
     def test_keys_that_are_no_names(self, arguments: dict[str, Any], tmp_path: Path, suffix: str, key: str) -> None:
         arguments["observation_space"] = spaces.Dict({"in": spaces.Dict({key: arguments["observation_space"]})})
