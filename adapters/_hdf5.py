@@ -287,6 +287,14 @@ def declared_bytes(tree: Mapping[str, Any]) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in named_leaves(tree, ""))
 
 
+def row_of_chunks(data: Any) -> int:
+    """Bytes of the chunks that one row of a data set lies in."""
+    if data.chunks is None:
+        return 0
+    across = math.prod(-(-length // size) for length, size in zip(data.shape[1:], data.chunks[1:], strict=True))
+    return int(across * math.prod(data.chunks) * data.dtype.itemsize)
+
+
 # Writing --------------------------------------------------------------------------------------------------------------
 
 

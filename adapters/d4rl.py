@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from cql_plugins.adapters._hdf5 import PlainObjects, Unfailing, declared_bytes
+from cql_plugins.adapters._hdf5 import PlainObjects, Unfailing, declared_bytes, row_of_chunks
 from cql_plugins.adapters._steps import FieldNames, OnProgress, Steps, announce, new_file, read_steps, step_columns
 from cql_plugins.adapters._storage import (
     Allocate,
@@ -21,7 +21,7 @@ from cql_plugins.adapters._storage import (
     in_memory,
     stored,
 )
-from cql_plugins.adapters._tree import extremes, map_leaves
+from cql_plugins.adapters._tree import extremes, map_leaves, named_leaves
 from cql_plugins.adapters._untrusted import check_memory, check_regular_file, parsing
 from cql_plugins.adapters._validation import DatasetError, require_extra
 from cql_plugins.adapters.arrays import stem
@@ -33,7 +33,8 @@ _OPTIONAL = ("timeouts", "next_observations")
 _LARGE = ("observations", "actions", "next_observations")
 _NAMES = FieldNames("terminals", "timeouts")
 _CHUNK_CACHE = 32 * 2**20
-"""Bytes of chunks that h5py keeps unpacked, so that reading by small blocks does not unpack each chunk many times."""
+"""Bytes of chunks that h5py keeps unpacked, so that reading by small blocks does not unpack each chunk many times; more where
+the chunks next to each other are larger."""
 _WHOLE = "expected a complete HDF5 file, got one that cannot be read"
 _FETCH_AGAIN = "It may be cut off or of another format; fetch it again"
 # The first D4RL files of these tasks have no `timeouts`.
@@ -188,11 +189,22 @@ def _open_hdf5(source: str, *, streaming: bool) -> Iterator[tuple[dict[str, Any]
     n_bytes = check_regular_file(source, "an HDF5 file", source)
     h5py = _import_h5py()
     with contextlib.ExitStack() as stack:
-        with parsing(_WHOLE, source, hint=_FETCH_AGAIN):
-            file = stack.enter_context(h5py.File(source, "r", rdcc_nbytes=_CHUNK_CACHE))
-            objects = PlainObjects(file, n_bytes, source)
-        present = objects.names(file)
-        found = {key: objects.open(file, key, key) for key in (*_REQUIRED, *_OPTIONAL) if objects.has(file, key)}
+
+        def look(chunk_cache: int) -> tuple[list[str], dict[str, Any]]:
+            with parsing(_WHOLE, source, hint=_FETCH_AGAIN):
+                file = stack.enter_context(h5py.File(source, "r", rdcc_nbytes=chunk_cache))
+                objects = PlainObjects(file, n_bytes, source)
+            names = (*_REQUIRED, *_OPTIONAL)
+            return objects.names(file), {key: objects.open(file, key, key) for key in names if objects.has(file, key)}
+
+        present, found = look(_CHUNK_CACHE)
+        if streaming:
+            large = {key: tree for key, tree in found.items() if key in _LARGE}
+            wanted = [row_of_chunks(leaf) for _, leaf in named_leaves(large, "")]
+            if max(wanted, default=0) > _CHUNK_CACHE:
+                check_memory(sum(wanted), source, mapped=True)
+                stack.close()  # The library takes the size when it opens a file that nobody has open.
+                present, found = look(max(wanted))
         loaded = {key: tree for key, tree in found.items() if not (streaming and key in _LARGE)}
         # What is laid out is there twice for a moment: as it was read, and in the order of episodes.
         twice = {key: tree for key, tree in loaded.items() if key in ("observations", "actions")}

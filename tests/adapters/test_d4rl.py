@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from cql_plugins.adapters import DatasetError, OfflineDataset, from_d4rl
+from cql_plugins.adapters import DatasetError, OfflineDataset, d4rl, from_d4rl
 
 h5py = pytest.importorskip("h5py")
 
@@ -69,6 +69,24 @@ class TestFromD4rl:
             fields[f"{field}/state"] = fields.pop(field)
         dataset = from_d4rl(_write(tmp_path / "data.hdf5", fields))
         assert dataset.observations["state"].shape == (7, 2)
+
+    def test_chunks_larger_than_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are kept unpacked while they are read by blocks: else reading them takes quadratic time."""
+        values, path = np.zeros((1000, 6), np.float32), tmp_path / "data.hdf5"
+        with h5py.File(path, "w") as file:
+            file.create_dataset("observations", data=values, chunks=(1000, 2), compression="gzip")
+            for field in ("actions", "rewards", "terminals"):
+                file[field] = values[:, :1] if field == "actions" else values[:, 0]
+            file["timeouts"] = np.arange(1000) % 10 == 9
+        for cache, expected in ((10_000, values.nbytes), (50_000, 50_000)):
+            monkeypatch.setattr(d4rl, "_CHUNK_CACHE", cache)
+            with d4rl._open_hdf5(str(path), streaming=True) as (fields, _):
+                assert fields["observations"].file.id.get_access_plist().get_cache()[2] == expected
+                assert (fields["observations"][()] == values).all()
+        monkeypatch.setattr(d4rl, "_CHUNK_CACHE", 10_000)
+        monkeypatch.setenv("CQL_PLUGINS_MAX_MEMORY", str(values.nbytes - 1))
+        with pytest.raises(DatasetError, match="expected at most 23,999 bytes"), d4rl._open_hdf5(str(path), streaming=True):
+            pass
 
     def test_spaces_given(self, fields: dict[str, Any]) -> None:
         space = spaces.Box(-2.0, 2.0, (1,), np.float32)
