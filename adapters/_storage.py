@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -124,19 +125,32 @@ class ColumnFiles:
         path = self.new_path()
         n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         check_disk(n_bytes, self.folder, self._source)
-        try:
+        with self._room(n_bytes):
             array: Array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
-            if hasattr(os, "posix_fallocate"):
-                # Else a full disk would kill the process when a page is written.
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        with path.open("r+b") as file:
+            self.reserve(file, path.stat().st_size)  # Else a full disk would kill the process when a page is written.
+        return array
+
+    def reserve(self, file: IO[bytes], n_bytes: int) -> None:
+        """Take the room that a file of this folder will need, where the system can do that.
+
+        Raises:
+            DatasetError: If the disk has none.
+        """
+        if hasattr(os, "posix_fallocate"):
+            with self._room(n_bytes):
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+
+    @contextlib.contextmanager
+    def _room(self, n_bytes: int) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise DatasetError(
                 f"expected room for {n_bytes:,} bytes in {self.folder.parent}: {error}",
                 source=self._source,
                 hint="Free some, or pass another cache_dir",
             ) from error
-        return array
 
     def keep(self, array: Array) -> dict[str, Any]:
         """Return the manifest's entry for an array; one that is not a whole file of this folder is written to a new one."""
@@ -342,7 +356,8 @@ def _folder_beside(place: Path) -> Iterator[Path]:
             if _acquire(lock):
                 shutil.rmtree(left)
     for _ in range(3):  # Another process may take a folder for a left one before it is locked.
-        folder = Path(tempfile.mkdtemp(prefix=_WRITING, dir=place.parent))
+        folder = place.parent / f"{_WRITING}{secrets.token_hex(8)}"
+        folder.mkdir()  # with the rights that the user gives to new folders, since others may share the cache
         try:
             with (folder / _LOCK).open("wb") as lock:
                 if _acquire(lock) is not False and (folder / _LOCK).exists():

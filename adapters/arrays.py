@@ -217,7 +217,7 @@ def _read_npz(source: str, columns: ColumnFiles | None = None) -> tuple[dict[str
                     with archive.open(member) as stream:
                         fields[key] = np.lib.format.read_array(stream, allow_pickle=False)
                 else:
-                    fields[key] = _unpack(archive, member, columns.new_path())
+                    fields[key] = _unpack(archive, member, columns)
     return fields, [_array_name(member) for member in members]
 
 
@@ -264,9 +264,11 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, source: str
     return declared
 
 
-def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Array:
+def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, columns: ColumnFiles) -> Array:
     """Copy one array out of an archive, a piece at a time, and map it."""
+    path = columns.new_path()
     with archive.open(member) as packed, path.open("wb") as unpacked:
+        columns.reserve(unpacked, member.file_size)
         shutil.copyfileobj(packed, unpacked)
     with path.open("rb") as file:
         # What cannot be mapped, being empty, is read as in memory.

@@ -420,13 +420,39 @@ class TestWholeOrNotAtAll:
         assert [child.communicate()[0] for child in children] == ["[1.0, 2.0, 4.0, 8.0, 16.0]\n" * 2] * 2
         assert len(entries(cache)) == 1
 
+    @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved here")
+    def test_disk_that_fills_while_an_archive_is_unpacked(self, tmp_path: Path, steps: dict[str, Any], cache: Path) -> None:
+        """In a process of its own, since the limit stays."""
+        steps |= {"observations": np.zeros((5, 10_000), np.float32), "next_observations": np.zeros((5, 10_000), np.float32)}
+        code = f"""
+import resource, sys
+from cql_plugins.adapters import DatasetError, from_npz
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    from_npz({str(as_npz(tmp_path, steps))!r}, storage="memmap")
+except DatasetError as error:
+    print(error)
+"""
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+        assert "expected room for 200,128 bytes" in done.stdout
+        assert "File too large. Free some, or pass another cache_dir" in done.stdout
+        assert list(cache.iterdir()) == []
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="other rights")
+    def test_entries_have_the_rights_of_new_folders(self, tmp_path: Path, steps: dict[str, Any], quietly: Any) -> None:
+        """Others may share the cache."""
+        quietly(from_npz, as_npz(tmp_path, steps), storage="memmap", cache_dir=tmp_path / "shared")
+        (tmp_path / "new").mkdir()
+        (entry,) = (tmp_path / "shared").iterdir()
+        assert entry.stat().st_mode == (tmp_path / "new").stat().st_mode
+
     def test_disk_full(self, tmp_path: Path, steps: dict[str, Any], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
         path = as_hdf5(tmp_path / "data", steps)
         monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-        with pytest.raises(DatasetError, match=r"log\.hdf5: expected room for 56 bytes in .*No space left.*cache_dir"):
+        with pytest.raises(DatasetError, match=r"log\.hdf5: expected room for 184 bytes in .*No space left.*cache_dir"):
             from_d4rl(path, storage="memmap")
         assert entries(cache) == []
 
