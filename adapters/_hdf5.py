@@ -57,7 +57,18 @@ class PlainObjects:
         with parsing("expected a complete HDF5 file", self.source, name, _HINT):
             return bool(group.id.links.exists(name.encode()))  # `name in group` would follow the link
 
-    def open(self, group: Any, name: str, field: str, *, strings: bool = False, images: bool = False, depth: int = 0) -> Any:
+    def open(
+        self,
+        group: Any,
+        name: str,
+        field: str,
+        *,
+        strings: bool = False,
+        images: bool = False,
+        unused: str | None = None,
+        any_values: bool = False,
+        depth: int = 0,
+    ) -> Any:
         """Open what a group has under a name: a data set, or a (nested) dict of them.
 
         Args:
@@ -66,6 +77,8 @@ class PlainObjects:
             field: What to call it in messages.
             strings: Whether text is expected as well as numbers.
             images: Whether rows of bytes of differing lengths (encoded images) are expected as well.
+            unused: Name in the group of what nobody uses: its values may be of any kind, but are in this file, and fit.
+            any_values: Whether this lies in what `unused` names.
             depth: How deep the group lies.
 
         Raises:
@@ -90,12 +103,24 @@ class PlainObjects:
                 raise self._error("expected an object of its own, got one that the file has under two names", field)
             self._known.add(address)
             if isinstance(opened, self._h5py.Dataset):
-                self._check_dataset(opened, field, strings, images)
+                self._check_dataset(opened, field, strings, images, any_values)
                 return opened
             if not isinstance(opened, self._h5py.Group):
                 raise self._error(f"expected a data set or a group, got a {type(opened).__name__}", field)
             names = self.names(opened)
-        return {key: self.open(opened, key, f"{field}.{key}", strings=strings, images=images, depth=depth + 1) for key in names}
+        return {
+            key: self.open(
+                opened,
+                key,
+                f"{field}.{key}",
+                strings=strings,
+                images=images,
+                unused=unused,
+                any_values=any_values or (depth == 0 and key == unused),
+                depth=depth + 1,
+            )
+            for key in names
+        }
 
     def _address(self, opened: Any) -> Any:
         return self._h5py.h5o.get_info(opened.id).addr
@@ -105,7 +130,7 @@ class PlainObjects:
 
     # Data sets ---------------------------------------------------------------------------------------------------
 
-    def _check_dataset(self, data: Any, field: str, strings: bool, images: bool) -> None:
+    def _check_dataset(self, data: Any, field: str, strings: bool, images: bool, any_values: bool) -> None:
         properties = data.id.get_create_plist()
         layout = properties.get_layout()
         h5d = self._h5py.h5d
@@ -120,7 +145,7 @@ class PlainObjects:
             raise self._error("expected an array, got an empty data space", field)
         if self._is_variable(dtype, strings, images):
             declared = math.prod(shape) * 16  # a length and a place for each
-        elif strings and dtype.kind == "S":
+        elif (strings and dtype.kind == "S") or (any_values and not dtype.hasobject):
             declared = math.prod(shape) * dtype.itemsize
         else:
             declared = check_declared(shape, dtype, self.source, field)

@@ -22,6 +22,7 @@ from cql_plugins.adapters._tree import named_leaves, row_blocks, row_nbytes
 from cql_plugins.adapters._untrusted import (
     MAX_DEPTH,
     PACKED_AT_MOST,
+    being_written,
     check_declared,
     check_folder,
     check_memory,
@@ -48,6 +49,8 @@ def reading_episode(source: str, episode: int, folder: Path) -> Iterator[None]:
         raise error if error.episode is not None else error.in_episode(episode) from error
     except ImportError:
         raise
+    except BlockingIOError as error:
+        raise being_written(error, source).in_episode(episode) from error
     except Exception as error:
         raise DatasetError(
             f"Minari cannot read this episode ({said(error)})",
@@ -232,7 +235,7 @@ class MinariFiles:
 
     def _check_episode(self, objects: PlainObjects, file: Any, name: str, images: list[tuple[str, tuple[int, ...]]]) -> None:
         before = objects.n_bytes
-        leaves = list(named_leaves(objects.open(file, name, name, strings=True, images=bool(images)), ""))
+        leaves = list(named_leaves(objects.open(file, name, name, strings=True, images=bool(images), unused="infos"), ""))
         image_shapes = {f".{field}": shape for field, shape in images}
         decoded = sum(math.prod((*leaf.shape[:1], *image_shapes[field])) for field, leaf in leaves if field in image_shapes)
         # As Minari reads it, and as it is copied.

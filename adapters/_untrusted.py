@@ -133,8 +133,17 @@ def parsing(expected: str, source: str, field: str | None = None, hint: str | No
         yield
     except (DatasetError, ImportError):
         raise
+    except BlockingIOError as error:
+        raise being_written(error, source, field) from error
     except Exception as error:
         raise DatasetError(f"{expected}: {said(error)}", source=source, field=field, hint=hint) from error
+
+
+def being_written(error: BlockingIOError, source: str, field: str | None = None) -> DatasetError:
+    """Say of a file that its writer has locked it."""
+    return DatasetError(
+        f"another process writes this file ({said(error)})", source=source, field=field, hint="Read it when that is done"
+    )
 
 
 def said(error: Exception) -> str:

@@ -322,7 +322,9 @@ class _EpisodeReader:
                     return
                 truncations[n_steps - 1] = not terminations[n_steps - 1]
         rows = slice(0, n_steps)
-        self._append(observations, actions[rows], rewards[rows], terminations[rows], truncations[rows], unflagged=unflagged)
+        self._append(
+            observations, actions[rows], rewards[rows], terminations[rows], truncations[rows], where, unflagged=unflagged
+        )
 
     def _check_observations(self, observations: Any, n_steps: int, where: Where) -> int:
         """Check values, and return the number of observations: `T + 1`, or `T` where the last one was not stored."""
@@ -340,6 +342,7 @@ class _EpisodeReader:
         rewards: Array,
         terminations: Flags,
         truncations: Flags,
+        where: Where,
         *,
         unflagged: bool,
     ) -> None:
@@ -365,15 +368,13 @@ class _EpisodeReader:
                     self.n_bytes += sum(capacity * row_nbytes(leaf) for _, leaf in named_leaves(values, field))
                     check_memory(self.n_bytes, self.where.source, "total_steps")
                 self.fields[field] = map_leaves(lambda leaf, n=capacity: _GrowingArray(leaf, n, self.allocate), values)
-            self._append_field(field, values)
+            self._append_field(field, values, where)
 
-    def _append_field(self, field: str, values: Any) -> None:
+    def _append_field(self, field: str, values: Any, where: Where) -> None:
         targets = dict(named_leaves(self.fields[field], field))
         for key, leaf in named_leaves(values, field):
             if leaf.dtype != targets[key].dtype:
-                raise self.where.error(
-                    f"expected dtype {targets[key].dtype} as in the first episode, got {leaf.dtype}", field=key
-                )
+                raise where.error(f"expected dtype {targets[key].dtype} as in the first episode, got {leaf.dtype}", field=key)
             targets[key].append(leaf)
 
     def notes(self) -> list[str]:

@@ -137,6 +137,22 @@ class TestFromMinari:
                 pytest.importorskip("pyarrow.parquet").write_table(part, path.with_stem(name), row_group_size=2)
         assert from_minari("made/up-v0").observations[:, 0].tolist() == expected
 
+    @pytest.mark.parametrize(
+        "values",
+        [
+            np.zeros((4, 0)),
+            np.zeros(4, complex),
+            np.zeros(4, [("a", "f4"), ("b", "i4")]),
+            np.zeros(4, ">f8"),
+            ["a", "b", "c", "d"],
+        ],
+        ids=["no entries", "complex", "compound", "other order", "text"],
+    )
+    def test_infos_of_any_kind(self, store: Callable[..., Any], values: Any) -> None:
+        """They are not used."""
+        store(_episode(0, 3) | {"infos": {"deep": {"x": values}}})
+        assert len(from_minari("made/up-v0")) == 3
+
     def test_environment_id(self, store: Callable[..., Any]) -> None:
         store(_episode(0, 3), env=gym.make("Pendulum-v1"))
         assert from_minari("made/up-v0").env_id == "Pendulum-v1"
@@ -278,8 +294,25 @@ class TestRefused:
         single = _episode(0, 3)
         single["observations"] = single["observations"].astype(np.float32)
         store(_episode(0, 2), single)
-        with pytest.raises(DatasetError, match="'observations': expected dtype float64 as in the first episode"):
+        with pytest.raises(DatasetError, match="'observations', episode 1: expected dtype float64 as in the first"):
             from_minari("made/up-v0")
+
+    def test_file_that_is_being_written(self, store: Callable[..., Any], minari_home: Path, storage_library: Any) -> None:
+        store(_episode(0, 2))
+        path = minari_home / "made/up-v0/data/main_data.hdf5"
+        code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'a'); print('open', flush=True); sys.stdin.read()"
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            try:
+                from_minari("made/up-v0")
+            except DatasetError as error:
+                assert re.search("episode 0: another process writes this file.* Read it when that is done", str(error))  # noqa: PT017
+            else:
+                pytest.skip("files are not locked here")
+            finally:
+                writer.communicate()
+        assert len(from_minari("made/up-v0")) == 2
 
     def test_minari_missing(self, monkeypatch: pytest.MonkeyPatch, golden: OfflineDataset) -> None:
         monkeypatch.setitem(sys.modules, "minari", None)
