@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +56,22 @@ def test_columns_of_two_tables(publish: ModuleType) -> None:
     assert publish.condense(tables, []) == tables["offline"]
     with pytest.raises(SystemExit, match="No column 'c': expected one of"):
         publish.condense(tables, ["c"])
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results" / "quickstart").glob("*.json")), ids=lambda path: path.stem
+)
+def test_the_quick_starts_table_is_what_its_runs_gave(path: Path) -> None:
+    run = json.loads(path.read_text(encoding="utf-8"))
+    found = run["algorithms"].values()
+    cells = [
+        f"{run['log']['arrived']:.0f} %",
+        *(f"{one[phase]['arrived']:.0f} %" for phase in ("offline", "online") for one in found),
+    ]
+    cells += [f"{one['failed_walks']} of {one['walks']}" for one in found]
+    assert list(run["algorithms"]) == ["SAC", "CQL", "Cal-QL"]
+    row = " | ".join([str(run["seed"]), *cells])
+    assert f"| {row} |" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def import_rliable() -> None:
