@@ -80,7 +80,7 @@ def shown(values: Sequence[float], of: str = "iqm", digits: int = 1) -> str:
 def label(arm: str) -> str:
     name, _, options = arm.partition(":")
     plain = LABELS[name].partition(" (")[0]
-    host = " (ours, d3rlpy)" if name.startswith("ours-d3rlpy") else ""
+    host = " (ours, d3rlpy)" if name.startswith("ours-d3rlpy") else " (d3rlpy)" if name.startswith("d3rlpy") else ""
     return LABELS.get(arm) or f"{plain}, {options.replace(',', ', ')}{host}"
 
 
