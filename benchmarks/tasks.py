@@ -212,6 +212,8 @@ def load_minari(name: str) -> Callable[[], OfflineDataset]:
 
     @cache
     def read() -> OfflineDataset:
+        if not (DATA / "minari").is_dir():  # Minari would make it.
+            raise FileNotFoundError(f"No data sets in {DATA}: set CQL_PLUGINS_DATA to the folder that has minari/ and d4rl/.")
         os.environ.setdefault("MINARI_DATASETS_PATH", str(DATA / "minari"))
         return from_minari(name)
 

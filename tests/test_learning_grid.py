@@ -107,6 +107,15 @@ def test_a_cell_that_fails_says_so_and_the_others_run(tmp_path: Path, learning: 
     assert other.finished
 
 
+def test_data_that_are_not_here_are_not_made(learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tasks
+
+    monkeypatch.setattr(tasks, "DATA", tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match="set CQL_PLUGINS_DATA"):
+        tasks.load_minari("dapg/door/human-replay-v0")()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arms(learning: ModuleType) -> None:
     from learners import parse
     from tasks import TASKS
