@@ -63,7 +63,7 @@ def broken_links(page: Path, text: str) -> list[str]:
         if "://" in link["target"] or link["target"].startswith("mailto:"):
             continue
         target = (page.parent / link["target"]).resolve() if link["target"] else page
-        leads = target.exists() and target.is_relative_to(ROOT)
+        leads = target.is_file() and target.is_relative_to(ROOT)  # MkDocs does not follow links to folders.
         if leads and link["anchor"] and link["anchor"] not in ("only-light", "only-dark"):  # the theme's words for pictures
             leads = link["anchor"] in slugs(text if target == page else target.read_text("utf-8"))
         if not leads:
@@ -81,6 +81,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     [
         ("[a](docs/index.md) [b](docs/index.md#install) [c](https://example.org/x) [d](#a-heading)\n## A heading", 0),
         ("[a](docs/nowhere.md)", 1),
+        ("[a](docs)", 1),
         ("[a](docs/index.md#nowhere)", 1),
         ("[a](#nowhere)", 1),
         ("[a](../outside.md)", 1),
