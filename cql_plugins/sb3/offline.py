@@ -496,7 +496,7 @@ class OfflineMixin(OffPolicyAlgorithm):
             ranks: The processes.
             **asked: What the ranks were asked for beside the model's own settings.
         """
-        self._require_equal_options(ranks, algorithm=type(self).__name__, **asked)
+        self._require_equal_options(ranks, algorithm=type(self).__name__, batch_size=self.batch_size, **asked)
         self._restore_online_clock()  # as in `_setup_learn_offline`
         variables = {name: recursive_getattr(self, name) for name in self._get_torch_save_params()[1]}
         counters = {name: getattr(self, name) for name in ("_n_updates", "_n_offline_steps", "num_timesteps")}
@@ -515,7 +515,8 @@ class OfflineMixin(OffPolicyAlgorithm):
     def _require_equal_options(self, ranks: Ranks, **asked: Any) -> None:
         """Refuse ranks whose options are not the same; of a schedule the first rate stands for all."""
         names = inspect.signature(type(self)).parameters.keys() - set(_OF_ONLINE_PHASE) - asked.keys()
-        options = {name: value for name, value in options_of(self).items() if name in names}
+        known = options_of(self)
+        options = {name: known.get(name) for name in sorted(names)}  # the same names on all, whatever the types
         ranks.require_equal(**asked, **options, **{"lr_schedule(1)": self.lr_schedule(1)})
 
     def _setup_learn_offline(

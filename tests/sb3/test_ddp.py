@@ -11,9 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
 
+from cql_plugins.sb3 import CQL
 from cql_plugins.sb3.distributed import Ranks, refuse_shared_gpus, world_size
 
 pytest.importorskip("sb3_contrib")
@@ -268,3 +270,19 @@ def test_one_process_alone_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert world_size() == 2
+
+
+def test_options_are_compared_by_the_same_names_whatever_their_types() -> None:
+    """NumPy's numbers are no plain ones; a rank that lacked a name would fail in another way than the rest."""
+    asked: list[dict[str, Any]] = []
+
+    class Recorder:
+        def require_equal(self, **values: Any) -> None:
+            asked.append(values)
+
+    for gamma in (0.9, np.float32(0.9)):
+        model = CQL("MlpPolicy", "Pendulum-v1", gamma=gamma, policy_kwargs={"net_arch": [4]})
+        model._require_equal_options(Recorder())
+    plain, of_numpy = asked
+    assert plain.keys() == of_numpy.keys() >= {"gamma", "cql_alpha", "batch_size", "lr_schedule(1)"}
+    assert [name for name in plain if plain[name] != of_numpy[name]] == ["gamma"], "refused, with its name"
