@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learning import GRIDS, RESULTS, WEIGHTS, Grid
+from learning import CLONED, GRIDS, RESULTS, WEIGHTS, Grid
 from report import bias, read, shown
 from scipy import stats
 
@@ -157,6 +157,9 @@ def claims() -> list[Claim]:
             for other, arm in (("BC", "d3rlpy-bc"), plain)
         ]
         found.append(_beside_d3rlpy(task, "ours is not below d3rlpy's CQL (5 points)", "cql"))
+    for task in ("door-human", "pen-expert"):
+        text = "CQL whose policy clones first is not below BC (5 points)"
+        found.append(Claim("CQL, Table 1", text, task, CLONED, last("score"), "points", "d3rlpy-bc", margin=5.0))
     found.append(_beside_d3rlpy("bridge-long", "after twice the steps ours is not below d3rlpy's CQL (5 points)", "cql"))
     for task in ("bridge", "bridge-long", "pendulum"):
         text = "with the mode in the target ours is not below d3rlpy's CQL (5 points)"

@@ -46,6 +46,8 @@ MODERN = (
 """What a modern CQL might have, and the plain one."""
 DRAWN = ("cql", "cql:cql_n_backward=31")
 """The exact gradient, and one that goes back through so many drawn actions of a state."""
+CLONED = "cql:bc_steps=2500"
+"""The policy clones the data's actions for half of Adroit's budget; that of the authors' code does for its first 40,000 steps."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ GRIDS = {
     ),
     "halfcheetah-drawn": Grid("halfcheetah-replay", DRAWN, n_seeds=3),
     "halfcheetah-medium-expert": Grid("halfcheetah-medium-expert", ("cql", "d3rlpy-bc"), n_seeds=3),
-    "door-human": Grid("door-human", CONTINUOUS, n_seeds=3),
-    "pen-expert": Grid("pen-expert", CONTINUOUS, n_seeds=3),
+    "door-human": Grid("door-human", (*CONTINUOUS, CLONED), n_seeds=3),
+    "pen-expert": Grid("pen-expert", (*CONTINUOUS, CLONED), n_seeds=3),
 }
 
 
