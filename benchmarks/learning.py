@@ -47,7 +47,7 @@ MODERN = (
 DRAWN = ("cql", "cql:cql_n_backward=31")
 """The exact gradient, and one that goes back through so many drawn actions of a state."""
 CLONED = "cql:bc_steps=2500"
-"""The policy clones the data's actions for half of Adroit's budget; that of the authors' code does for its first 40,000 steps."""
+"""The policy clones the data's actions for half of Adroit's budget; the authors' does for its first 40,000 steps."""
 
 
 @dataclass(frozen=True)
