@@ -95,11 +95,11 @@ class Run:
     )
 
     def add(self, phase: Phase, name: str, step: float, value: str) -> None:
-        """Add a value as it was written; an empty one is none."""
-        if value not in ("", "None"):
+        """Add a value as it was written; what is no number, such as an empty field, is none."""
+        if (number := _number(value)) is not None:
             steps, values = self.series[phase].setdefault(name, ([], []))
             steps.append(step)
-            values.append(float(value))
+            values.append(number)
 
     def end(self, phase: Phase) -> float:
         """Find the largest step of a phase; 0 without any."""
@@ -263,34 +263,50 @@ def _read(folder: Path, run: Run) -> None:
             f"log_folders: {folder}: expected SB3's progress.csv, from model.set_logger(configure(folder, ['csv'])), or the "
             "CSV files of d3rlpy's FileAdapterFactory; found neither."
         )
+    files = [file for file in files if not file.stem.endswith("_grad")]  # The size of gradients, which is not drawn.
     # Only d3rlpy's online loop logs episodes that it collects.
     online = any(file.stem in ("rollout_return", "evaluation") for file in files)
     for file in files:
-        with file.open(encoding="utf-8", newline="") as lines:
-            for _, step, value in _rows_of(file, csv.reader(lines)):
-                run.add("online" if online else "offline", file.stem, float(step), value)
-
-
-def _rows_of(file: Path, rows: Iterable[list[str]]) -> Iterator[list[str]]:
-    for number, row in enumerate(rows, start=1):
-        if len(row) != 3:
-            raise ValueError(f"log_folders: {file}, line {number}: expected epoch, step and value, got {row}.")
-        yield row
+        for line, row in enumerate(csv.reader(_whole_lines(file)), start=1):
+            if len(row) != 3:
+                raise ValueError(f"log_folders: {file}, line {line}: expected epoch, step and value, got {row}.")
+            if (step := _number(row[1])) is not None:
+                run.add("online" if online else "offline", file.stem, step, row[2])
 
 
 def _read_progress(progress: Path, run: Run) -> None:
-    with progress.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    # Offline lines count gradient steps. An evaluation's line among them has SB3's own clock alone, which shows the same.
+    rows = list(csv.DictReader(_whole_lines(progress)))
+    # Offline lines count gradient steps. Logs of older versions have evaluations among them with SB3's own clock alone, which
+    # shows the same.
     offline = [number for number, row in enumerate(rows) if row.get("time/gradient_steps")]
+    part, last = Run(), dict.fromkeys(PHASES, -math.inf)
     for number, row in enumerate(rows):
         phase: Phase = "offline" if offline and number <= offline[-1] else "online"
-        step = row.get("time/gradient_steps") if phase == "offline" else None
-        step = step or row.get("time/total_timesteps")
-        if step:
-            for name, value in row.items():
-                if name and not name.startswith("time/"):
-                    run.add(phase, name, float(step), value)
+        clocks = [row.get("time/gradient_steps") if phase == "offline" else None, row.get("time/total_timesteps")]
+        step = next((found for clock in clocks if (found := _number(clock)) is not None), None)
+        if step is None:
+            continue
+        if step < last[phase]:  # Another call of learn() that began anew.
+            run.append(part)
+            part, last = Run(), dict.fromkeys(PHASES, -math.inf)
+        last[phase] = step
+        for name, value in row.items():
+            if name and not name.startswith("time/"):
+                part.add(phase, name, step, value)
+    run.append(part)
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """Read a log without a last line that was not written to its end, as where the run was killed."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        return [line for line in lines if line.endswith("\n")]
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
 
 
 __all__ = ["plot_run"]

@@ -143,6 +143,41 @@ def test_folders_with_different_curves_of_one_run(tmp_path: Path) -> None:
     assert curves(figure)["Q, in units of the reward"] == [([100.0, 200.0], [0.25, 0.5])] * 2
 
 
+def test_two_calls_of_learn_in_one_log(tmp_path: Path) -> None:
+    """SB3 counts from 0 again unless it is told not to; the second's steps come after the first's."""
+    rows = [*OFFLINE, *ONLINE, ",8,3.75,4.75,,,-1.5", ",16,,,,-0.5,"]
+    figure = plot_run(write(tmp_path / "run", *rows))
+    found = curves(figure)
+    assert found["return of an episode"] == [([15.0], [-3.0]), ([36.0, 52.0], [-1.0, -0.5]), ([28.0, 44.0], [-2.5, -1.5])]
+    assert found["Q, in units of the reward"][1] == ([28.0, 44.0], [1.75, 3.75])
+
+
+def test_an_evaluation_after_the_last_offline_line(tmp_path: Path) -> None:
+    """As of a run that was interrupted: its line says that it is offline."""
+    figure = plot_run(write(tmp_path / "run", *OFFLINE, "25,25,,,,-2.0,"))
+    assert curves(figure)["return of an episode"] == [([15.0, 25.0], [-3.0, -2.0])]
+    assert not switches(figure)
+
+
+@pytest.mark.parametrize("end", ["40,,1.2", "40,,1.25,2.25,3.0,,\n50,", "40,,1.25,2.25,3.0,,\n50,,-", "40,,1.25,2.25,3.0,,\n5"])
+def test_a_log_of_a_run_that_was_killed(tmp_path: Path, end: str) -> None:
+    """Its last line may be half written, which a number cut short does not show."""
+    folder = write(tmp_path / "run", *OFFLINE)
+    with (folder / "progress.csv").open("a", encoding="utf-8") as log:
+        log.write(end)
+    data, _ = curves(plot_run(folder))["Q, in units of the reward"]
+    assert data == (([10.0, 20.0, 40.0], [1.0, 1.5, 1.25]) if "\n" in end else ([10.0, 20.0], [1.0, 1.5]))
+    (tmp_path / "q_data.csv").write_text("1,100,2.5\n2,200,3.", encoding="utf-8")
+    assert curves(plot_run(tmp_path))["Q, in units of the reward"] == [([100.0], [2.5])]
+
+
+def test_words_in_a_log(tmp_path: Path) -> None:
+    """SB3's logger takes words, too."""
+    rows = [f"{row},{note}" for row, note in zip([HEAD, *OFFLINE], ["note", "hello", "", '"two, in\nlines"'], strict=True)]
+    (tmp_path / "progress.csv").write_text("\n".join([*rows, "later,,5.0,5.0,,,,\n"]), encoding="utf-8")
+    assert curves(plot_run(tmp_path))["Q, in units of the reward"][0] == ([10.0, 20.0], [1.0, 1.5])
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_files_and_themes(tmp_path: Path, suffix: str) -> None:
     run = write(tmp_path / "run", *OFFLINE)

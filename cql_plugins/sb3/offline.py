@@ -49,6 +49,7 @@ SelfOffline = TypeVar("SelfOffline", bound="OfflineMixin")
 COUNTERS = ("num_timesteps", "exploration_rate", "ep_info_buffer", "ep_success_buffer")
 """Attributes without an underscore that training changes."""
 _NOT_OPTIONS = ("data_device", "device", "n_envs", "offline_buffer", "seed", "start_time", "tensorboard_log", "verbose")
+_CLOCK = "time/gradient_steps"
 _OF_ONLINE_PHASE = ("buffer_size", "gradient_steps", "learning_starts", "optimize_memory_usage", "train_freq")
 """Options that are nothing to processes that train offline together."""
 _UNTOUCHED_COUNT = 0.5
@@ -451,6 +452,8 @@ class OfflineMixin(OffPolicyAlgorithm):
                     self._n_offline_steps += 1
                     self.num_timesteps = self._n_offline_steps
                     self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                    # A callback's own lines, such as an evaluation's, say that they are of the offline phase.
+                    self.logger.record(_CLOCK, self.num_timesteps, exclude="tensorboard")
                     listener.update_locals({"self": self, "infos": [], "dones": np.zeros(0, dtype=bool)})
                     goes_on = listener.on_step()
                     if self._ranks is not None:
@@ -465,6 +468,7 @@ class OfflineMixin(OffPolicyAlgorithm):
                     self._dump_offline_logs()
             finally:
                 self._restore_online_clock()
+                self._logger.name_to_value.pop(_CLOCK, None)
                 if self._ranks is not None:
                     self._ranks.close()
                     self._ranks = None
@@ -575,7 +579,7 @@ class OfflineMixin(OffPolicyAlgorithm):
                 return
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         steps = self.num_timesteps - self._num_timesteps_at_start
-        self.logger.record("time/gradient_steps", self.num_timesteps, exclude="tensorboard")
+        self.logger.record(_CLOCK, self.num_timesteps, exclude="tensorboard")
         self.logger.record("time/gradient_steps_per_second", steps / elapsed)
         self.logger.record("time/time_elapsed", int(elapsed), exclude="tensorboard")
         self._record_metrics()
