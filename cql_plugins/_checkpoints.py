@@ -16,7 +16,8 @@ import threading
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -162,6 +163,16 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     if states["cuda"] and th.cuda.is_available():
         for device, state in enumerate(states["cuda"][: th.cuda.device_count()]):
             th.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put the global random streams back to where they were, whatever is drawn inside."""
+    before = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(before)
 
 
 # Content ----------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from d3rlpy.interface import QLearningAlgoProtocol
 from d3rlpy.metrics import EvaluatorProtocol
 from d3rlpy.metrics.utility import evaluate_qlearning_with_environment
 
-from cql_plugins._checkpoints import random_states, set_random_states
+from cql_plugins._checkpoints import random_states_kept
 from cql_plugins._diagnostics import GapExpansion, ValueBias, batches, require_positive
 
 _BATCH = 1024
@@ -39,7 +39,8 @@ def value_bias(algo: QLearningAlgoProtocol, env: gym.Env[Any, Any], n_trials: in
             "compared with returns. Scale the dataset's and the environment's rewards instead."
         )
     recorder = _Recorder(env)
-    evaluate_qlearning_with_environment(algo, recorder, n_trials)
+    with random_states_kept():  # d3rlpy's loop draws from NumPy's stream at each step, and batches come from there.
+        evaluate_qlearning_with_environment(algo, recorder, n_trials)
     predicted = algo.predict_value(_stack(recorder.starts), np.stack(recorder.actions))
     return ValueBias.of(predicted, recorder.rewards, recorder.truncated, algo.gamma)
 
@@ -63,14 +64,12 @@ def gap_expansion(
         ValueError: If a number is below 1.
     """
     require_positive(n_states=n_states, n_actions=n_actions)
-    rng, before, sums = np.random.default_rng(seed), random_states(), np.zeros(4)
-    np.random.seed(seed)  # noqa: NPY002 (d3rlpy's buffers draw from NumPy's global stream)
-    try:
+    rng, sums = np.random.default_rng(seed), np.zeros(4)
+    with random_states_kept():
+        np.random.seed(seed)  # noqa: NPY002 (d3rlpy's buffers draw from NumPy's global stream)
         for rows in batches(n_states, max(1, _BATCH // n_actions)):
             batch = dataset.sample_transition_batch(rows)
             sums += rows * np.array(_compare(algo, batch.observations, batch.actions, n_actions, rng))
-    finally:
-        set_random_states(before)
     return GapExpansion(*(float(total) / n_states for total in sums))
 
 

@@ -22,7 +22,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
-from cql_plugins._checkpoints import random_states, set_random_states
+from cql_plugins._checkpoints import random_states_kept
 from cql_plugins._diagnostics import GapExpansion, ValueBias, batches, require_positive
 from cql_plugins.sb3.offline import OfflineData, OfflineMixin
 
@@ -38,7 +38,8 @@ def value_bias(
 ) -> ValueBias:
     """Compare the critic's values in the first states of episodes with their discounted returns [CQL, Section 6, Table 4].
 
-    The value of an action is the smallest over critics, or TQC's mean over all quantiles: what the actor is trained on.
+    The value of an action is the smallest over critics, or TQC's mean over all quantiles: what the actor is trained on. Global
+    random streams are left as they were.
 
     Args:
         model: Any SAC, TD3, DQN, TQC or QR-DQN, ours or the hosts'.
@@ -55,7 +56,8 @@ def value_bias(
     _check_model(model)
     record = _Episodes(model)
     chosen = isinstance(model.action_space, spaces.Discrete) if deterministic is None else deterministic
-    evaluate_policy(model, env, n_episodes, deterministic=chosen, callback=record.on_step, warn=False)
+    with random_states_kept():
+        evaluate_policy(model, env, n_episodes, deterministic=chosen, callback=record.on_step, warn=False)
     return record.bias()
 
 
@@ -131,6 +133,10 @@ class DiagnosticsCallback(EvalCallback):
         if self.dataset is not None and not isinstance(self.dataset, ReplayBuffer):
             self.dataset = self.dataset.to_sb3(self.model)
 
+    def _on_step(self) -> bool:
+        self._episodes = None  # There are some if an evaluation was interrupted.
+        return super()._on_step()
+
     def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         super()._log_success_callback(locals_, globals_)
         assert isinstance(self.model, OffPolicyAlgorithm)
@@ -156,8 +162,6 @@ class DiagnosticsCallback(EvalCallback):
             gap = gap_expansion(self.model, data, n_states=self.n_states, n_actions=self.n_actions)
             self.logger.record("eval/q_gap", gap.gap)
             self.logger.record("eval/q_random_max_minus_data", gap.delta)
-        if isinstance(self.model, OfflineMixin) and self.model._is_offline_phase:
-            self.logger.record("time/gradient_steps", self.num_timesteps, exclude="tensorboard")
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ class _Episodes:
             model.policy.set_training_mode(False)
             actions = np.stack([episode.action for episode in self.finished])
             if isinstance(model.action_space, spaces.Box):
-                actions = model.policy.scale_action(actions)
+                actions = model.policy.scale_action(actions).reshape(len(actions), -1).astype(np.float32)
             starts, _ = model.policy.obs_to_tensor(_stack([episode.observations[0] for episode in self.finished]))
             predicted = _values(model, starts, th.as_tensor(actions, device=model.device))
             entropy = np.array([self._discounted_entropy(episode) for episode in self.finished])
@@ -304,12 +308,9 @@ def _repeat(observations: Any, times: int) -> Any:
 @contextmanager
 def _random_streams_apart(seed: int) -> Iterator[None]:
     """Draw from streams of our own, so that looking at a model does not change what it learns next."""
-    before = random_states()
-    set_random_seed(seed)
-    try:
+    with random_states_kept():
+        set_random_seed(seed)
         yield
-    finally:
-        set_random_states(before)
 
 
 __all__ = ["DiagnosticsCallback", "GapExpansion", "ValueBias", "gap_expansion", "value_bias"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import d3rlpy
@@ -16,7 +17,6 @@ from d3rlpy.models.encoders import VectorEncoderFactory
 from d3rlpy.preprocessing import ConstantShiftRewardScaler, MinMaxActionScaler
 from gymnasium import spaces
 
-from cql_plugins._checkpoints import random_states
 from cql_plugins.d3rlpy import (
     CalQLConfig,
     CQLConfig,
@@ -27,6 +27,7 @@ from cql_plugins.d3rlpy import (
     value_bias,
 )
 from cql_plugins.d3rlpy.evaluators import _Recorder
+from cql_plugins.plots import plot_run
 
 GAMMA = 0.5
 
@@ -200,26 +201,44 @@ def test_the_first_observation_is_kept_as_it_was(copies: bool) -> None:
 
 
 def test_in_fit_and_nothing_else_changes() -> None:
+    rng = np.random.default_rng(0)
+    observations, rewards = rng.normal(size=(60, 2)).astype(np.float32), rng.normal(size=60).astype(np.float32)
+    ends = (np.arange(60) % 10 == 9).astype(np.float32)
+    data = MDPDataset(observations, rng.uniform(-1, 1, (60, 1)).astype(np.float32), rewards, np.zeros(60, np.float32), ends)
+
     def train(evaluators: Any) -> Any:
         d3rlpy.seed(1)
         algo = make(CQLConfig)
         logged: dict[str, list[float]] = {}
         for _ in range(2):
             for _, metrics in algo.fitter(
-                dataset(), 4, 2, evaluators=evaluators, logger_adapter=NoopAdapterFactory(), show_progress=False
+                data, 4, 2, evaluators=evaluators, logger_adapter=NoopAdapterFactory(), show_progress=False
             ):
                 for name, value in metrics.items():
                     logged.setdefault(name, []).append(value)
         return [p.detach().clone() for p in algo.impl.q_function.parameters()], logged
 
-    before = random_states()
     looked, logged = train({"q_gap": QGapEvaluator(8), "value_bias": ValueBiasEvaluator(Payments(), 1)})
-    assert str(random_states()) != str(before)
     plain, _ = train(None)
+    other, _ = train({"stream": lambda algo, dataset: float(np.random.random())})
+    assert not all(th.equal(one, another) for one, another in zip(other, plain, strict=True))
     assert all(th.equal(one, other) for one, other in zip(looked, plain, strict=True))
     assert {"q_gap", "value_bias"} <= set(logged)
     assert len(set(logged["q_gap"])) > 1
     assert QGapEvaluator(8)(make(CQLConfig), dataset()) != QGapEvaluator(8, seed=1)(make(CQLConfig), dataset())
+
+
+@pytest.mark.parametrize("config", [CQLConfig, SACConfig])
+def test_the_files_of_a_fit_are_drawn(config: Any, tmp_path: Path) -> None:
+    """d3rlpy's logger also writes files of other columns, on the gradients of each parameter."""
+    pytest.importorskip("matplotlib")
+    factory = d3rlpy.logging.FileAdapterFactory(str(tmp_path))
+    evaluators = {"environment": d3rlpy.metrics.EnvironmentEvaluator(Payments(), 1), "q_gap": QGapEvaluator(8)}
+    make(config).fit(dataset(), 4, 2, evaluators=evaluators, logger_adapter=factory, show_progress=False)
+    (folder,) = tmp_path.iterdir()
+    assert list(folder.glob("*_grad.csv"))
+    titles = {axis.get_title(loc="left") for axis in plot_run(folder).axes}
+    assert {"return of an episode", "Q of the data's actions minus uniform ones'"} <= titles
 
 
 def test_refusals() -> None:

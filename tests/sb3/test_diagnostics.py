@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import DQN, PPO, SAC, TD3
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from cql_plugins._checkpoints import random_states
 from cql_plugins.adapters import from_arrays
 from cql_plugins.sb3 import CQL, CalQL, DiscreteCQL
 from cql_plugins.sb3.diagnostics import DiagnosticsCallback, gap_expansion, value_bias
@@ -183,6 +184,21 @@ def test_actions_reach_the_critic_scaled() -> None:
     assert value_bias(model, Payments(), 2).predicted != 0.0, "by default the policy's actions are drawn"
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((2,), np.float64), ((2, 2), np.float32)])
+def test_actions_of_other_kinds(shape: tuple[int, ...], dtype: Any) -> None:
+    """A critic that is the sum of the actions, a policy whose mode is 0.5: 0.5 times their number."""
+    env = Payments()
+    env.action_space = spaces.Box(-1.0, 1.0, shape, dtype)
+    model = make(CQL, DummyVecEnv([lambda: env]), policy_kwargs={"net_arch": {"pi": [4], "qf": []}})
+    constant(model.actor.mu, np.arctanh(0.5))
+    size = int(np.prod(shape))
+    for critic in model.critic.q_networks:
+        with th.no_grad():
+            critic[0].weight.copy_(th.tensor([[0.0, 0.0, *[1.0] * size]]))
+            critic[0].bias.zero_()
+    assert value_bias(model, env, 2, deterministic=True).predicted == pytest.approx(0.5 * size, rel=1e-6)
+
+
 def linear_model(weight: float, action: float, algorithm: Any = CQL, n: int = 500) -> tuple[Any, Any]:
     """Q = weight a + 1, and data whose every action is the same."""
     zeros = np.zeros((n, 2), np.float32)
@@ -258,23 +274,31 @@ def test_observations_are_normalised_as_in_training() -> None:
     assert gap_expansion(model, model.offline_buffer).q_data != plain.q_data
 
 
-@pytest.mark.parametrize("seed", [None, 1])
-def test_looking_changes_nothing(seed: int | None) -> None:
+def streams() -> tuple[Any, ...]:
+    _, numpy, *position = np.random.get_state()
+    return random.getstate(), numpy.tolist(), position, th.get_rng_state().tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("algorithm", "seed"), [(CalQL, None), (CalQL, 1), (SAC, 1)])
+def test_looking_changes_nothing(algorithm: Any, seed: int | None) -> None:
     def train(look: bool) -> dict[str, th.Tensor]:
         np.random.seed(0)
         th.manual_seed(0)
-        model = build(CalQL, seed=seed)
+        model = build(algorithm, seed=seed)
         with th.no_grad():
             for position, parameter in enumerate(model.policy.parameters()):
                 parameter.fill_(0.01 * (position % 7 - 3))
         data = collect()
         for _ in range(3):
-            model.learn_offline(data, 2)
+            if algorithm is CalQL:
+                model.learn_offline(data, 2)
+            else:
+                model.learn(30)
             if look:
-                before = random_states()
+                before = streams()
                 gap_expansion(model, data, n_states=9)
-                value_bias(model, corridors(), 2, deterministic=True)
-                assert str(random_states()) == str(before)
+                value_bias(model, corridors(), 2)
+                assert streams() == before
         return state(model)
 
     assert not differing(train(True), train(False))
@@ -328,6 +352,46 @@ def test_callback_offline_and_online(tmp_path: Path, algorithm: Any, n_envs: int
     assert float(rows[1]["eval/q_random_max_minus_data"]) == pytest.approx(expected[1].delta, abs=1e-6)
     assert float(rows[0]["eval/q_gap"]) != float(rows[1]["eval/q_gap"])
     assert len(expected[0].returns) == 3
+
+
+def test_lines_of_the_offline_phase_say_so(tmp_path: Path) -> None:
+    """Those of SB3's own callbacks too, and those of the online phase do not."""
+    model = build(CQL)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    callback = EvalCallback(Monitor(corridors().envs[0]), eval_freq=3, verbose=0, warn=False)
+    model.learn_offline(collect(), 7, callback=callback, log_interval=None)
+    assert not model.logger.name_to_value
+    model.learn(12, callback=callback)
+    model.logger.close()
+    rows = [row for row in read(tmp_path) if row["eval/mean_reward"]]
+    assert [row["time/gradient_steps"] for row in rows] == ["3", "6", *[""] * 4]
+
+
+class Interrupting(Payments):
+    """Ctrl-C in the second episode, once."""
+
+    is_over = False
+
+    def step(self, action: Any) -> Any:
+        if self.length == 4 and not self.is_over:
+            self.is_over = True
+            raise KeyboardInterrupt
+        return super().step(action)
+
+
+def test_callback_after_an_interrupted_evaluation(tmp_path: Path) -> None:
+    model = make(CQL)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    callback = DiagnosticsCallback(
+        Monitor(Interrupting(), allow_early_resets=True), dataset=None, n_eval_episodes=2, eval_freq=6, verbose=0
+    )
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(6, callback=callback)
+    model.learn(6, callback=callback)
+    model.logger.close()
+    (row,) = [row for row in read(tmp_path) if row["eval/mean_reward"]]
+    # An episode of k steps is worth k; the first evaluation played 3 and broke off one of 4.
+    assert float(row["eval/discounted_return"]) == 5.5
 
 
 def test_callback_with_data_of_its_own(tmp_path: Path) -> None:
