@@ -30,9 +30,9 @@ from stable_baselines3.common.preprocessing import (
 )
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.save_util import recursive_getattr
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, TrainFreq
 from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeImage
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from cql_plugins._checkpoints import StopSignals, random_states, set_random_states
@@ -124,6 +124,8 @@ class OfflineMixin(OffPolicyAlgorithm):
         self._n_offline_steps = 0
         # What the offline buffer was made of, so that the same is not made twice.
         self._offline_source: tuple[Any, ...] | None = None
+        # Whether the environment has been told to do a step that is not stored yet.
+        self._has_open_step = False
         # The count of environment steps while gradient steps are the clock.
         self._num_timesteps_online: int | None = None
         # Whether it was trained on what VecNormalize made of observations, where that is known; the wrapper itself is never
@@ -608,10 +610,42 @@ class OfflineMixin(OffPolicyAlgorithm):
         self._require_same_normalization()
         self._note_normalization()
         before = self._last_obs
+        if self._has_open_step:
+            # An error or an interrupt came before the step was stored: the environment is no longer at the last observation.
+            self._last_obs, self._has_open_step = None, False
         result = super()._setup_learn(*args, **kwargs)
         if self._last_obs is not before:
             self._break_off_running_episodes()
         return result
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, train_freq: TrainFreq, replay_buffer: ReplayBuffer, *args: Any, **kwargs: Any
+    ) -> RolloutReturn:
+        """Collect steps, see SB3; the step at which a callback ends the training is stored, too.
+
+        SB3 leaves it out and goes on from the observation before it: the next transition would be made of two that are a step,
+        or an episode, apart, and no return would be right.
+
+        Args:
+            env: See SB3.
+            callback: See SB3.
+            train_freq: See SB3.
+            replay_buffer: See SB3.
+            *args: See SB3.
+            **kwargs: See SB3.
+
+        Returns:
+            See SB3.
+        """
+        rollout = super().collect_rollouts(env, callback, train_freq, replay_buffer, *args, **kwargs)
+        if self._has_open_step:
+            step = (callback.locals[name] for name in ("buffer_actions", "new_obs", "rewards", "dones", "infos"))
+            self._store_transition(replay_buffer, *step)
+        return rollout
+
+    def _store_transition(self, *args: Any, **kwargs: Any) -> None:
+        super()._store_transition(*args, **kwargs)
+        self._has_open_step = False
 
     def _break_off_running_episodes(self) -> None:
         """Tell the replay buffer that the environments were reset."""
@@ -627,6 +661,7 @@ class OfflineMixin(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
+        self._has_open_step = True
         # A pre-trained policy collects from its first step on; `learning_starts` still delays the first update.
         return super()._sample_action(0 if self._n_offline_steps else learning_starts, action_noise, n_envs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -12,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from cql_plugins.adapters import OfflineDataset, from_arrays
-from cql_plugins.sb3 import CQL, CalQL
+from cql_plugins.sb3 import CQL, CalQL, Checkpoints
 
 INF = np.inf
 OBSERVATIONS = spaces.Box(-1e6, 1e6, (2,), np.float32)
@@ -154,6 +155,65 @@ def test_a_new_learn_call_does_not_join_episodes() -> None:
     continued.learn(2)
     continued.learn(1, reset_num_timesteps=False)  # goes on with it
     assert continued.replay_buffer.returns_to_go[:3, 0].tolist() == [3, 4, 4]
+
+
+class Stop(BaseCallback):
+    """End the training at a step, by its answer or by an error."""
+
+    def __init__(self, at: int, error: type[BaseException] | None = None) -> None:
+        super().__init__()
+        self.at, self.error = at, error
+
+    def _on_step(self) -> bool:
+        if self.n_calls == self.at and self.error is not None:
+            raise self.error
+        return self.n_calls != self.at
+
+
+def stored(model: Any) -> list[list[tuple[list[float], list[float], float, float]]]:
+    """Environment by environment: observation, next observation, reward and return of each step."""
+    buffer = model.replay_buffer
+    arrays = (buffer.observations, buffer.next_observations, buffer.rewards, buffer.returns_to_go)
+    return [list(zip(*(array[: buffer.size(), k].tolist() for array in arrays), strict=True)) for k in range(buffer.n_envs)]
+
+
+# gamma is one half; episodes of rewards 1, 2, 4 and of 8, 16, then the first again.
+TWO_EPISODES: list[tuple[list[float], str]] = [([1.0, 2.0, 4.0], "T"), ([8.0, 16.0], "T")]
+STEPS_OF_TWO_EPISODES = [
+    ([0, 0], [0, 1], 1, 3),
+    ([0, 1], [0, 2], 2, 4),
+    ([0, 2], [0, 3], 4, 4),
+    ([1, 0], [1, 1], 8, 16),
+    ([1, 1], [1, 2], 16, 16),
+]
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_run_that_a_callback_ended_goes_on_where_it_was(at: int, n_envs: int) -> None:
+    """SB3 leaves before it stores the step at which the callback says no."""
+    model = make_model(DummyVecEnv([lambda: Script(TWO_EPISODES)] * n_envs), learning_starts=100)
+    model.learn(100, callback=Stop(at))
+    model.learn((5 - at) * n_envs, reset_num_timesteps=False)
+    assert stored(model) == [STEPS_OF_TWO_EPISODES] * n_envs
+
+
+def test_a_run_that_an_error_ended_starts_a_new_episode() -> None:
+    """The environment is at ``[0, 2]`` and the last step that is known ended at ``[0, 1]``."""
+    model = make_model(Script(TWO_EPISODES), learning_starts=100)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(100, callback=Stop(2, KeyboardInterrupt))
+    model.learn(2, reset_num_timesteps=False)
+    assert stored(model) == [[([0, 0], [0, 1], 1, -INF), *STEPS_OF_TWO_EPISODES[3:]]]
+
+
+def test_a_run_that_a_callback_ended_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    model = make_model(Script(TWO_EPISODES), learning_starts=100)
+    Checkpoints(tmp_path).learn(model, 100, callback=Stop(2))
+    run = Checkpoints(tmp_path)
+    again = run.resume(make_model(Script(TWO_EPISODES), learning_starts=100))
+    run.learn(again, 5)
+    assert stored(again) == [STEPS_OF_TWO_EPISODES]
 
 
 def test_bootstrap_tail_is_the_target_critics_value() -> None:
