@@ -11,12 +11,13 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
+from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.type_aliases import Schedule, TensorDict
 from stable_baselines3.common.utils import FloatSchedule, polyak_update, update_learning_rate
 from torch.distributions import Normal
@@ -97,6 +98,33 @@ def critic_outputs(
     return th.stack([own.view(batch_size, n_actions, -1) for own in outputs])
 
 
+def own_critic_outputs(
+    critic: Any, observations: th.Tensor | TensorDict, actions: th.Tensor, precision: Precision = "f32"
+) -> th.Tensor:
+    """Evaluate several actions at each state by the critic's own ``forward``, whatever it does, as SB3 calls it.
+
+    Args:
+        critic: Gives a tuple of ``C`` values ``(n, K)``, or a tensor ``(n, C, K)``.
+        observations: Batch of ``B`` observations.
+        actions: Shape ``(B, M, A)``, without gradient.
+        precision: Of all that autocasting covers.
+
+    Returns:
+        Shape ``(C, B, M, K)``.
+    """
+    batch_size, n_actions, _ = actions.shape
+    if n_actions > 1 and isinstance(observations, dict):
+        observations = {key: value.repeat_interleave(n_actions, 0) for key, value in observations.items()}
+    elif n_actions > 1:
+        assert isinstance(observations, th.Tensor)
+        observations = observations.repeat_interleave(n_actions, 0)
+    with th.autocast(actions.device.type, th.bfloat16, enabled=precision == "bf16"):
+        outputs = critic(observations, actions.flatten(0, 1))
+    values = outputs.unbind(1) if isinstance(outputs, th.Tensor) else outputs
+    stacked = th.stack([own.reshape(batch_size, n_actions, -1) for own in values])
+    return stacked.float() if precision == "bf16" else stacked
+
+
 def _in_bf16(network: th.nn.Module, inputs: th.Tensor) -> th.Tensor:
     """Run a network in bfloat16, but for its output layer where it is a plain sequence."""
     with th.autocast(inputs.device.type, th.bfloat16):
@@ -172,6 +200,7 @@ class ConservativeActorCritic(ConservativeMixin):
         "calibrate_random",
         "top_quantiles_to_drop_per_net",
     )
+    _critic_class: ClassVar[Any] = ContinuousCritic
     actor: Any
     batch_norm_stats: list[th.Tensor]
     batch_norm_stats_target: list[th.Tensor]
@@ -238,6 +267,8 @@ class ConservativeActorCritic(ConservativeMixin):
         n_backward: int | None = None,
     ) -> th.Tensor:
         """See :func:`critic_outputs`; what comes out can be differentiated until the next call."""
+        if type(critic).forward is not self._critic_class.forward:
+            return own_critic_outputs(critic, observations, actions, precision)  # The user's: it is for it to say how.
         return critic_outputs(critic, observations, actions, precision, n_backward, self._workspace)
 
     @abstractmethod

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch as th
 from sb3_contrib.common.utils import quantile_huber_loss
+from sb3_contrib.tqc.policies import Critic
 from sb3_contrib.tqc.tqc import TQC
 from stable_baselines3.common.type_aliases import TensorDict
 
@@ -25,6 +26,7 @@ class CQLTQC(ConservativeActorCritic, TQC):
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = TQC.policy_aliases
+    _critic_class = Critic
 
     def _kept(self, outputs: th.Tensor) -> th.Tensor:
         """Pool, sort and truncate quantiles as TQC does: from ``(C, B, M, K)`` to ``(B, M, C (K - dropped))``."""

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 pytest.importorskip("sb3_contrib")
 from sb3_contrib import QRDQN, TQC
+from sb3_contrib.tqc.policies import Critic, TQCPolicy
 
 from cql_plugins import sb3
 from cql_plugins.sb3 import (
@@ -89,6 +90,18 @@ def run(host: Any, model_class: Any, name: str, updates: int, **changes: Any) ->
     return model
 
 
+class OwnCritic(Critic):
+    """What it says of an action is more than its networks say."""
+
+    def forward(self, obs: th.Tensor, action: th.Tensor) -> th.Tensor:
+        return 3.0 * super().forward(obs, action) + action.sum(dim=1).reshape(-1, 1, 1)
+
+
+class OwnCriticPolicy(TQCPolicy):
+    def make_critic(self, features_extractor: Any = None) -> Critic:
+        return OwnCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+
+
 class TestHosts:
     @pytest.mark.parametrize("name", FORMS)
     @pytest.mark.parametrize("algorithm", HOSTS)
@@ -100,6 +113,18 @@ class TestHosts:
             np.testing.assert_array_equal(theirs.replay_buffer.rewards, ours.replay_buffer.rewards)
         first, other = (run(host, m, name, 1, **c) for m, c in ((HOSTS[algorithm], {}), (algorithm, as_host(algorithm))))
         assert host.differing(host.state(first), host.state(other))
+
+    @pytest.mark.parametrize("algorithm", [CQLTQC, CalQLTQC])
+    def test_a_critic_of_ones_own_is_asked_as_the_host_asks_it(self, algorithm: Any, host: Any) -> None:
+        theirs = run(host, TQC, "plain", 5, policy=OwnCriticPolicy)
+        ours = run(host, algorithm, "plain", 5, policy=OwnCriticPolicy, cql_alpha=0.0, **as_host(algorithm))
+        assert not host.differing(host.state(theirs), host.state(ours))
+        batch = theirs.replay_buffer.sample(5)
+        actions = th.linspace(-1.0, 1.0, 15).reshape(5, 3, 1)
+        outputs = ours._critic_outputs(ours.critic, batch.observations, actions)
+        for k in range(3):
+            expected = ours.critic(batch.observations, actions[:, k]).transpose(0, 1)
+            th.testing.assert_close(outputs[:, :, k], expected, atol=1e-6, rtol=0.0)
 
     @pytest.mark.parametrize("algorithm", HOSTS)
     def test_arguments_are_the_hosts_then_ours(self, algorithm: Any) -> None:

@@ -15,9 +15,11 @@ from gymnasium import spaces
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.sac.policies import MultiInputPolicy, SACPolicy
 
 from cql_plugins.sb3 import CQL, CalQL
 
@@ -37,6 +39,18 @@ class NormDropoutExtractor(BaseFeaturesExtractor):
         return self.layers(observations)  # type: ignore[no-any-return]
 
 
+class OwnCritic(ContinuousCritic):
+    """What it says of an action is more than its networks say."""
+
+    def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        return tuple(3.0 * value + actions.sum(dim=1, keepdim=True) for value in super().forward(obs, actions))
+
+
+class OwnCriticPolicy(SACPolicy):
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ContinuousCritic:
+        return OwnCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+
+
 HER = {"replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"n_sampled_goal": 2}}
 # Form of the environment, number of environments, inside VecNormalize, arguments of the model.
 FORMS: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
@@ -48,6 +62,7 @@ FORMS: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
     "one-critic": ("vector", 1, False, {"policy_kwargs": {"n_critics": 1}}),
     "three-critics": ("vector", 1, False, {"policy_kwargs": {"n_critics": 3}}),
     "batch-norm": ("vector", 1, False, {"policy_kwargs": {"features_extractor_class": NormDropoutExtractor}}),
+    "own-critic": ("vector", 1, False, {"policy": OwnCriticPolicy}),
     "n-step": ("vector", 1, False, {"n_steps": 3}),
     "gsde": ("vector", 1, False, {"use_sde": True, "sde_sample_freq": 2}),
     "normalised": ("vector", 1, True, {}),
@@ -86,6 +101,23 @@ def test_weight_zero_is_sac(algorithm: Any, host: Any, name: str) -> None:
     other = _run(host, algorithm, name, 1, cql_alpha=5.0, **AS_SAC)
     first = _run(host, SAC, name, 1)
     assert {"critic", "actor"} <= host.networks(host.differing(host.state(first), host.state(other)))
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("form", ["vector", "dict"])
+def test_the_gap_is_of_what_the_critic_says(algorithm: Any, host: Any, form: str, precision: Any) -> None:
+    class MultiPolicy(OwnCriticPolicy, MultiInputPolicy):
+        pass
+
+    policy = {"vector": OwnCriticPolicy, "dict": MultiPolicy}[form]
+    model = host.build(algorithm, host.corridors(form=form), form=form, policy=policy)
+    batch = host.collect(form).to_sb3(model).sample(5)
+    actions = th.linspace(-1.0, 1.0, 15).reshape(5, 3, 1)
+    values = model._q_values(model._critic_outputs(model.critic, batch.observations, actions, precision))
+    assert values.dtype == th.float32
+    for k in range(3):
+        expected = th.cat(model.critic(batch.observations, actions[:, k]), dim=1).T
+        th.testing.assert_close(values[:, :, k], expected, atol=1e-6 if precision == "f32" else 5e-2, rtol=0.0)
 
 
 @pytest.mark.parametrize(
