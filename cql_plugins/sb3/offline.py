@@ -710,7 +710,9 @@ class OfflineMixin(OffPolicyAlgorithm):
                     parts.append(self._device_data.sample(size, self.device, env=self._vec_normalize_env))
                 else:
                     samples = buffer.sample(size, env=self._vec_normalize_env)
-                    parts.append(Batch(*samples[:6], returns_to_go=getattr(samples, "returns_to_go", None)))
+                    # By name: a buffer of the user's has samples with fields of its own.
+                    fields: dict[str, Any] = {name: getattr(samples, name, None) for name in Batch._fields}
+                    parts.append(Batch(**fields))
         return parts[0] if len(parts) == 1 else concatenate(parts[0], parts[1], self.gamma)
 
     # Saving ----------------------------------------------------------------------------------------------------------

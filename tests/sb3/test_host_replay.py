@@ -7,7 +7,7 @@ import inspect
 import tempfile
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -319,6 +319,36 @@ def test_a_buffer_of_ones_own_class(algorithm: Any, host: Any, tmp_path: Path) -
     copy = deepcopy(model.replay_buffer)
     assert isinstance(copy, CountingBuffer)
     assert (copy.added, copy.mark, copy.size()) == (20, 3, 20)
+
+
+class WeightedSamples(NamedTuple):
+    """A tuple of the user's: its fields are SB3's by name, not by place."""
+
+    observations: Any
+    actions: Any
+    next_observations: Any
+    dones: Any
+    rewards: Any
+    weights: Any
+    discounts: Any = None
+
+
+class WeightedBuffer(ReplayBuffer):
+    def _get_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples = super()._get_samples(*args, **kwargs)
+        return WeightedSamples(*samples[:5], weights=th.full_like(samples.rewards, 5.0))
+
+
+@ALGORITHMS
+def test_samples_of_ones_own_are_read_by_name(algorithm: Any, host: Any) -> None:
+    as_sac = {"cql_alpha": 0.0, "backup_entropy": True, "actor_learning_rate": None, "max_q_backup": False}
+    states = []
+    for model_class, changes in ((SAC, {}), (algorithm, as_sac)):
+        model = host.build(model_class, replay_buffer_class=WeightedBuffer, **changes)
+        model.learn(20)
+        states.append(host.state(model))
+    assert not host.differing(*states)
+    assert model.sample_batch(4).discounts is None
 
 
 class CountingBuffer(ReplayBuffer):
