@@ -13,6 +13,7 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
 from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from cql_plugins.ensembles import PRECISIONS, Precision, warn_of_slow_bf16
 from cql_plugins.returns import RETURN_TAILS, ReturnTail
@@ -268,19 +269,18 @@ class CalibratedMixin(ConservativeMixin):
 
     def _prepare_online_buffer(self) -> None:
         super()._prepare_online_buffer()
-        assert self.replay_buffer is not None
-        self.replay_buffer = with_returns_to_go(self.replay_buffer, self.gamma, self.return_tail, self._failure_reward)
+        buffer = self.replay_buffer
+        assert buffer is not None
         self._tails_are_due = True
-
-    def load_replay_buffer(self, path: Any, truncate_last_traj: bool = True) -> None:
-        """Load a replay buffer; returns-to-go are computed where it was saved without them.
-
-        Args:
-            path: See SB3.
-            truncate_last_traj: See SB3.
-        """
-        super().load_replay_buffer(path, truncate_last_traj)
-        self._prepare_online_buffer()
+        # Some returns could not be summed again: of episodes that lie in two places since the buffer was rearranged.
+        keeps_returns = (
+            isinstance(buffer, ReturnsToGoMixin)
+            and buffer.has_settings(self.gamma, self.return_tail)
+            and buffer.failure_reward == self._failure_reward
+            and not isinstance(buffer, HerReplayBuffer)  # SB3 ends its last episode when it loads it.
+        )
+        if not keeps_returns:
+            self.replay_buffer = with_returns_to_go(buffer, self.gamma, self.return_tail, self._failure_reward)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.replay_buffer, ReturnsToGoMixin):
@@ -331,7 +331,7 @@ class CalibratedMixin(ConservativeMixin):
 
     @th.no_grad()
     def _target_values(self, observations: Any) -> np.ndarray:
-        """The target critics' value of many observations, shape ``(n,)``, block by block."""
+        """The target critics' value of many observations under the policy that collects, shape ``(n,)``, block by block."""
         if isinstance(observations, dict):
             length = len(next(iter(observations.values())))
             blocks = [
@@ -340,4 +340,9 @@ class CalibratedMixin(ConservativeMixin):
             ]
         else:
             blocks = list(observations.split(_VALUE_BATCH))
-        return th.cat([self._values_of(block) for block in blocks]).cpu().numpy()
+        mode = self.policy.training
+        self.policy.set_training_mode(False)
+        try:
+            return th.cat([self._values_of(block) for block in blocks]).cpu().numpy()
+        finally:
+            self.policy.set_training_mode(mode)

@@ -370,6 +370,7 @@ class OfflineMixin(OffPolicyAlgorithm):
         """
         own = getattr(self, "replay_buffer", None)  # SB3's users delete it before they load one.
         super().load_replay_buffer(path, truncate_last_traj)
+        self._prepare_online_buffer()  # Before it is rearranged: its episodes are still in one piece.
         loaded = self.replay_buffer
         if self._buffer_waits_for_env or own is None or loaded is None:
             return

@@ -14,6 +14,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import DQN, SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from cql_plugins.adapters import from_sb3
@@ -46,6 +47,43 @@ class TestBootstrap:
         loaded.train(1, 8)
         assert finite_share(loaded.offline_buffer) == 1.0
         assert finite_share(loaded.replay_buffer) > 0.5
+
+    def test_estimating_moves_no_running_statistics(self, host: Any) -> None:
+        """The actor's batch normalisation sees the batch of the gradient step, and nothing else."""
+        policy_kwargs = {"features_extractor_class": NormExtractor, "optimizer_class": th.optim.SGD}
+        models = [host.build(CalQL, return_tail=tail, policy_kwargs=policy_kwargs) for tail in ("none", "bootstrap")]
+        for model in models:
+            model.learn_offline(host.collect(limit=3), 1)
+        assert finite_share(models[1].offline_buffer) == 1.0
+        none, bootstrap = (dict(model.actor.features_extractor.named_buffers()) for model in models)
+        assert none["norm.num_batches_tracked"] == 2, "this step's states and the next ones"
+        for name, value in none.items():
+            assert th.equal(bootstrap[name], value), name
+
+    def test_estimates_are_those_of_evaluation(self, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = host.build(CalQL, return_tail="bootstrap").set_offline_data(host.collect(limit=3))
+        values_of, modes = model._values_of, []
+
+        def spy(observations: Any) -> Any:
+            modes.append(model.actor.training)
+            return values_of(observations)
+
+        monkeypatch.setattr(model, "_values_of", spy)
+        for mode in (True, False):
+            model.policy.set_training_mode(mode)
+            model._tails_are_due = True
+            model.sample_batch(4)
+            assert (model.actor.training, model.critic.training) == (mode, mode)
+        assert modes == [False, False]
+
+
+class NormExtractor(BaseFeaturesExtractor):
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, features_dim=2)
+        self.norm = th.nn.BatchNorm1d(2)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.norm(observations)  # type: ignore[no-any-return]
 
 
 class TestResets:
@@ -110,13 +148,37 @@ class TestResets:
         buffer = model.replay_buffer
         best = sum(0.9**k for k in range(Clock.LIMIT))
         returns, clock = buffer.returns_to_go[: buffer.size()], buffer.observations[: buffer.size(), :, 0]
-        known = np.isfinite(returns)
+        known = np.isfinite(returns).copy()
         expected = (1 - 0.9 ** (Clock.LIMIT - clock)) / (1 - 0.9)
         np.testing.assert_allclose(returns[known], expected[known], rtol=1e-5)
-        assert known.sum() >= 12
+        assert (~known).sum() <= 3, "those of the episode that nobody finished"
         assert returns[known].max() <= best + 1e-5
+        # Where an episode was cut in two, only those who had it in one piece could sum it.
         buffer.recompute_returns()
-        np.testing.assert_array_equal(buffer.returns_to_go[: buffer.size()], returns)
+        again = np.isfinite(returns)
+        np.testing.assert_allclose(returns[again], expected[again], rtol=1e-5)
+        assert not (again & ~known).any()
+        assert again.sum() >= 12
+
+    @pytest.mark.parametrize("n_envs", [2, 4])
+    def test_moving_a_buffer_forgets_no_return(self, host: Any, tmp_path: Path, n_envs: int) -> None:
+        """25 steps in each of three environments: four episodes of six steps, and one step of a fifth."""
+
+        def build(n_envs: int) -> Any:
+            return host.build(CalQL, DummyVecEnv([Clock] * n_envs), learning_starts=1000, gamma=0.9)
+
+        model = build(3).learn(75)
+        # Moved, and loaded once more as it then is.
+        for _ in range(2):
+            model.save_replay_buffer(tmp_path / "buffer")
+            model = build(n_envs)
+            model.load_replay_buffer(tmp_path / "buffer")
+            buffer = model.replay_buffer
+            returns, clock = buffer.returns_to_go[: buffer.size()], buffer.observations[: buffer.size(), :, 0]
+            known = np.isfinite(returns)
+            assert (~known).sum() == 3
+            expected = (1 - 0.9 ** (Clock.LIMIT - clock)) / (1 - 0.9)
+            np.testing.assert_allclose(returns[known], expected[known], rtol=1e-5)
 
     @pytest.mark.parametrize("memory_efficient", [False, True])
     def test_stay_unknown_when_summed_again(self, host: Any, memory_efficient: bool) -> None:
