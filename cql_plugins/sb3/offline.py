@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -169,10 +169,14 @@ class OfflineMixin(OffPolicyAlgorithm):
                     )
         elif isinstance(dataset, OfflineData):
             tail = getattr(self, "return_tail", None)
-            source = (weakref.ref(dataset), self.env, self.gamma, tail, self.n_steps, self.device, self.data_device)
-            if self.offline_buffer is not None and self._offline_source == source:
+            asked = (self.env, self.gamma, tail, self.n_steps, self.device, self.data_device)
+            known = self._offline_source
+            # By identity: datasets of the user's may compare their arrays.
+            if self.offline_buffer is not None and known is not None and known[0]() is dataset and known[1] == asked:
                 self._fill_normalization()
                 return self
+            with suppress(TypeError):  # With __slots__ it cannot be remembered, and is taken anew each time.
+                source = (weakref.ref(dataset), asked)
             buffer = dataset.to_sb3(self, gamma=self.gamma, return_tail=tail, n_steps=self.n_steps)
         else:
             raise TypeError(
@@ -717,6 +721,10 @@ class OfflineMixin(OffPolicyAlgorithm):
         return parts[0] if len(parts) == 1 else concatenate(parts[0], parts[1], self.gamma)
 
     # Saving ----------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Get what a copy or another process needs; which object the dataset was is known here alone."""
+        return {**self.__dict__, "_offline_source": None}
 
     def _excluded_save_params(self) -> list[str]:
         own = ["_random_states", "offline_buffer", "_device_data", "_offline_source", "_metrics", "_ranks", "_stop_signals"]

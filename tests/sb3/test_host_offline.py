@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -377,6 +380,50 @@ def test_data_of_another_kind(algorithm: Any, host: Any) -> None:
     # Nothing of it stays behind.
     assert model.offline_buffer is None
     assert model._n_updates == 0
+
+
+@dataclass
+class OwnData:
+    """A dataset of the user's: two of them cannot be compared, nor one of them weakly referenced where it has slots."""
+
+    rewards: np.ndarray
+    buffer: ReplayBuffer
+
+    def to_sb3(self, model_or_env: Any, **_: Any) -> ReplayBuffer:
+        return self.buffer
+
+
+@dataclass(slots=True)
+class OwnSlots:
+    buffer: ReplayBuffer
+
+    def to_sb3(self, model_or_env: Any, **_: Any) -> ReplayBuffer:
+        return self.buffer
+
+
+@ALGORITHMS
+def test_datasets_of_ones_own_are_told_apart_by_what_they_are(algorithm: Any, host: Any, dataset: Any) -> None:
+    model = host.build(algorithm)
+    buffers = [dataset.to_sb3(model), host.collect(reward=TAG).to_sb3(model)]
+    first, second = (OwnData(np.zeros(3), buffer) for buffer in buffers)
+    model.set_offline_data(first)
+    adopted = model.offline_buffer
+    assert model.set_offline_data(first).offline_buffer is adopted
+    assert (model.set_offline_data(second).sample_batch(8).rewards == TAG).all()
+    for buffer, is_tagged in zip(buffers, (False, True), strict=True):
+        batch = model.set_offline_data(OwnSlots(buffer)).sample_batch(8)
+        assert (batch.rewards == TAG).all() == is_tagged
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("copied", [lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy])
+def test_a_model_in_training_can_be_sent_to_another_process(algorithm: Any, host: Any, dataset: Any, copied: Any) -> None:
+    model = host.build(algorithm).learn_offline(dataset, 3)
+    twin = copied(model)
+    assert not host.differing(host.state(model), host.state(twin))
+    for one in (model, twin):
+        one.learn_offline(dataset, 3).learn(15)
+    assert not host.differing(host.state(model), host.state(twin))
 
 
 @ALGORITHMS
