@@ -11,7 +11,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -28,6 +28,8 @@ from cql_plugins.losses import Calibration, CQLVariant, Gaussian, Penalty, Propo
 from cql_plugins.sb3.batches import Batch
 from cql_plugins.sb3.conservative import CalibratedMixin, ConservativeMixin
 from cql_plugins.sb3.metrics import CQLMetrics
+
+SelfActorCritic = TypeVar("SelfActorCritic", bound="ConservativeActorCritic")
 
 
 class PolicyStep(NamedTuple):
@@ -174,7 +176,7 @@ class ConservativeActorCritic(ConservativeMixin):
             ``"pointwise"`` (Eq. 1, only to reproduce Table 4).
         cql_lagrange_threshold: ``tau``: learn the weight's multiplier so that the gap is near ``tau``; ``None`` for off. A flat
             Q already has a gap of about ``A log 2 + log 3N`` (hopper 5.5, walker 7.6, AntMaze 8.9, pen 20.0, door 22.8), so
-            ``tau`` means nothing across tasks unless ``normalize_gap`` is on.
+            ``tau`` means nothing across tasks unless ``normalize_gap`` is on. May be set on a model later.
         max_q_backup: Target is the best of ``cql_n_actions`` sampled actions, the minimum over critics first.
         mode_q_backup: Target takes the policy's mode instead of a sample, as d3rlpy's does: critics of the policy that
             ``predict(deterministic=True)`` plays. With neither of the two others.
@@ -325,10 +327,46 @@ class ConservativeActorCritic(ConservativeMixin):
         update_learning_rate(self.actor.optimizer, self.actor_lr_schedule(1))
         if self.ent_coef_optimizer is not None:
             update_learning_rate(self.ent_coef_optimizer, self.actor_lr_schedule(1))
+        self._setup_lagrange()
+
+    def _setup_lagrange(self) -> None:
+        """Make the Lagrange multiplier and its optimiser where there is a threshold; where there is none, remove them."""
+        self.log_cql_lagrange = self.cql_lagrange_optimizer = None
         if self.cql_lagrange_threshold is not None:
             # The authors' code starts at log alpha' = 1 and steps at the critic's rate.
             self.log_cql_lagrange = th.ones(1, device=self.device, requires_grad=True)
             self.cql_lagrange_optimizer = th.optim.Adam([self.log_cql_lagrange], lr=self.lr_schedule(1))
+
+    @property
+    def cql_lagrange_threshold(self) -> float | None:
+        """``tau``; set to a number where it was ``None``, a multiplier starts, and set to ``None``, it goes."""
+        threshold: float | None = self.__dict__.get("cql_lagrange_threshold")
+        return threshold
+
+    @cql_lagrange_threshold.setter
+    def cql_lagrange_threshold(self, threshold: float | None) -> None:
+        is_switched = (threshold is None) != (self.cql_lagrange_threshold is None)
+        self.__dict__["cql_lagrange_threshold"] = threshold  # Where SB3 looks for what it saves and loads.
+        if is_switched and getattr(self, "policy", None) is not None:
+            self._setup_lagrange()
+
+    @classmethod
+    def load(cls: type[SelfActorCritic], path: Any, *args: Any, **kwargs: Any) -> SelfActorCritic:
+        """Load a model, see SB3; ``cql_lagrange_threshold`` may be on in the file and off here, or the other way round.
+
+        Args:
+            path: See SB3.
+            *args: See SB3.
+            **kwargs: See SB3.
+
+        Returns:
+            The model.
+        """
+        switch = {name: kwargs.pop(name) for name in ("cql_lagrange_threshold",) if name in kwargs}
+        model = super().load(path, *args, **kwargs)
+        for name, value in switch.items():
+            setattr(model, name, value)  # When the multiplier of the file has been read.
+        return model
 
     def _do_not_check_the_policy(self) -> None:
         """Leave out torch's check of the policy's mean and deviation: on a GPU the host would wait for it in each step."""

@@ -213,6 +213,44 @@ def test_lagrange_multiplier(algorithm: Any, host: Any, dataset: Any, tmp_path: 
     assert moments["step"] == 7
 
 
+def test_the_lagrange_threshold_can_be_set_and_taken_away(algorithm: Any, host: Any, dataset: Any, tmp_path: Path) -> None:
+    """A model that was built without it trains on as one that had it from there on, and the other way round."""
+    model = host.build(algorithm).learn_offline(dataset, 3)
+    plain = host.state(model)
+    model.cql_lagrange_threshold = 1.0
+    assert model.log_cql_lagrange.item() == 1.0
+    model.learn_offline(dataset, 3)
+    multiplier = model.log_cql_lagrange
+    assert multiplier.item() != 1.0
+    model.cql_lagrange_threshold = 2.0
+    assert model.log_cql_lagrange is multiplier, "another number goes on with the multiplier"
+    model.save(tmp_path / "with")
+    assert algorithm.load(tmp_path / "with").log_cql_lagrange.item() == multiplier.item()
+
+    model.cql_lagrange_threshold = None
+    assert model.log_cql_lagrange is None
+    assert host.state(model).keys() >= plain.keys()
+    model.learn_offline(dataset, 3)
+    model.save(tmp_path / "without")
+    assert algorithm.load(tmp_path / "without").cql_lagrange_threshold is None
+    assert "cql_lagrange_optimizer" not in model.get_parameters()
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(None, 5.0), (5.0, None), (5.0, 7.0)])
+def test_the_lagrange_threshold_given_to_load(
+    algorithm: Any, host: Any, dataset: Any, tmp_path: Path, saved: float | None, asked: float | None
+) -> None:
+    model = host.build(algorithm, cql_lagrange_threshold=saved).learn_offline(dataset, 3)
+    model.save(tmp_path / "model")
+    again = algorithm.load(tmp_path / "model", cql_lagrange_threshold=asked)
+    assert again.cql_lagrange_threshold == asked
+    assert {name for name in host.differing(host.state(model), host.state(again)) if "lagrange" not in name} == set()
+    assert (again.log_cql_lagrange is None) == (asked is None)
+    if saved is not None and asked is not None:
+        assert again.log_cql_lagrange.item() == model.log_cql_lagrange.item()
+    again.learn_offline(dataset, 2)
+
+
 # Schedules ------------------------------------------------------------------------------------------------------------
 
 
