@@ -105,6 +105,8 @@ class Checkpoints(BaseCallback):
         self._identity: tuple[weakref.ref[ReplayBuffer], str] | None = None
         self._saved_at: tuple[str, int] | None = None
         self._last_save = ("", 0, 0.0)
+        # Whether gSDE has drawn its noise for the rollout that comes next.
+        self._noise_is_drawn = False
 
     # Going on --------------------------------------------------------------------------------------------------------
 
@@ -251,6 +253,7 @@ class Checkpoints(BaseCallback):
         if self._phase == "offline" and self._waits_for("offline"):
             self._go_on(self._owner)
         self._last_save = (self._phase, self._clock(), time.monotonic())
+        self._noise_is_drawn = False
 
     def _on_step(self) -> bool:
         if self._owner._is_offline_phase:
@@ -259,11 +262,20 @@ class Checkpoints(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         """Look between two rollouts: only then has the last step been stored and trained on."""
-        if self._waits_for("online"):
-            self._go_on(self._owner)
+        model = self._owner
+        if self._archive is not None and self._waits_for("online"):
+            is_drawn = self._archive.document.get("noise_is_drawn", True)
+            self._go_on(model)
+            if model.use_sde and not is_drawn:
+                model.actor.reset_noise(model.n_envs)  # type: ignore[operator]  # As SB3 did, before the state was set back.
+        self._noise_is_drawn = True
         self._save_where_due()
 
+    def _on_rollout_end(self) -> None:
+        self._noise_is_drawn = False
+
     def _on_training_end(self) -> None:
+        self._noise_is_drawn = False
         if self._saved_at != (self._phase, self._clock()):
             self.save()
 
@@ -314,7 +326,8 @@ class Checkpoints(BaseCallback):
 
     def _contents(self, model: OfflineMixin) -> tuple[dict[str, Any], Arrays, Any]:
         data = None if model.offline_buffer is None else self._data_identity(model.offline_buffer)
-        return _checkpoint_contents(model, self._phase, data)
+        document, arrays, tensors = _checkpoint_contents(model, self._phase, data)
+        return document | {"noise_is_drawn": self._noise_is_drawn}, arrays, tensors
 
     def _on_sick(self, error: Exception) -> None:
         """Write the state from before a step that failed; never resumed from, since it would fail again."""

@@ -257,6 +257,34 @@ def test_online_a_run_goes_on_bit_for_bit_even_within_episodes(tmp_path: Path, n
         assert different(fingerprint(plain), expected) == set()
 
 
+@pytest.mark.parametrize("options", [{}, {"use_sde": True}, {"use_sde": True, "sde_sample_freq": 3, "train_freq": 5}])
+def test_online_a_run_that_was_at_its_end_is_made_longer_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    def start(folder: str, steps: int) -> Any:
+        stir()
+        run = Checkpoints(tmp_path / folder, save_freq=20)
+        return run.learn(run.resume(build(CQL, corridors(2), seed=1, **options)), steps)
+
+    expected = fingerprint(start("whole", 90))
+    start("longer", 30)
+    start("longer", 60)
+    assert different(fingerprint(start("longer", 90)), expected) == set()
+
+
+def test_a_checkpoint_from_before_noise_was_noted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = Checkpoints._contents
+
+    def older(self: Any, model: Any) -> Any:
+        document, arrays, tensors = contents(self, model)
+        document.pop("noise_is_drawn")
+        return document, arrays, tensors
+
+    monkeypatch.setattr(Checkpoints, "_contents", older)
+    Checkpoints(tmp_path).learn(build(CQL, seed=1, use_sde=True), 30)
+    run = Checkpoints(tmp_path)
+    model = run.resume(build(CQL, seed=1, use_sde=True))
+    assert run.learn(model, 40).num_timesteps == 40
+
+
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Ant-v5", "Pendulum-v1", "CartPole-v1", "Acrobot-v1"])
 def test_environments_go_on_within_an_episode(env_id: str) -> None:
     if env_id in ("HalfCheetah-v5", "Ant-v5"):
