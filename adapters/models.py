@@ -441,7 +441,9 @@ def _changed_optimizer(policy: Any) -> str | None:
 
 
 def _check_sb3_networks(model: "SAC") -> None:
+    from stable_baselines3.common.policies import ContinuousCritic
     from stable_baselines3.common.torch_layers import FlattenExtractor
+    from stable_baselines3.sac.policies import Actor
 
     if model.use_sde:
         raise ModelError("gSDE's noise depends on the state through learned weights that d3rlpy's policy does not have.")
@@ -457,6 +459,9 @@ def _check_sb3_networks(model: "SAC") -> None:
                 f"The features extractor {type(owner.features_extractor).__name__} has no counterpart in d3rlpy; only plain "
                 "MLP policies can be carried."
             )
+    for owner, host, name in zip(owners, (Actor, ContinuousCritic), ("get_action_dist_params", "forward"), strict=True):
+        if getattr(type(owner), name) is not getattr(host, name):
+            raise ModelError(f"{type(owner).__name__} has a {name} of its own, which d3rlpy's networks would not have.")
 
 
 def _observation_scaler(env: "VecNormalize | None") -> Any:

@@ -456,6 +456,16 @@ class TestRefusals:
         with pytest.raises(ModelError, match=message):
             to_d3rlpy_model(CQL("MlpPolicy", Small(), device="cpu", **options))
 
+    @pytest.mark.parametrize(("part", "name"), [("actor", "get_action_dist_params"), ("critic", "forward")])
+    def test_networks_that_do_more_than_the_hosts(self, part: str, name: str) -> None:
+        model = CQL("MlpPolicy", Small(), device="cpu")
+        network = getattr(model, part)
+        network.__class__ = type("Own", (type(network),), {})
+        to_d3rlpy_model(model)
+        setattr(network.__class__, name, lambda self, *args: None)
+        with pytest.raises(ModelError, match=f"Own has a {name} of its own"):
+            to_d3rlpy_model(model)
+
     def test_images_rewards_and_other_algorithms(self) -> None:
         env = VecNormalize(DummyVecEnv([Small]), norm_obs=False)
         with pytest.raises(ModelError, match="norm_reward=False"):
