@@ -429,6 +429,11 @@ class CalQLImpl(CalibratedImpl, CQLImpl):
 # Discrete actions ----------------------------------------------------------------------------------------------------
 
 
+def _no_outputs(_batch: TorchMiniBatch) -> dict[str, th.Tensor]:
+    """There is no policy beside the critics. Not a lambda: an algorithm can be pickled."""
+    return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class DiscreteCQLLoss(HostDiscreteCQLLoss):
     """What an update reports, each a scalar; d3rlpy's are ``loss``, ``td_loss`` and ``conservative_loss``.
@@ -478,7 +483,7 @@ class DiscreteCQLImpl(HostDiscreteCQLImpl):
             self._modules,
             self._device,
             self._data_values,
-            lambda _: {},
+            _no_outputs,
             config.gamma,
             "alpha",
             reward_scaler=config.reward_scaler,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +282,34 @@ class TestHostTopics:
         huber = np.where(np.abs(difference) < 1, 0.5 * difference**2, np.abs(difference) - 0.5)
         by_hand = (np.abs(taus - (difference < 0)) * huber).sum(2).mean(1).mean()
         assert algo.update(batch)["td_loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+class TestPickle:
+    """d3rlpy's own can be sent to a process or kept by ``torch.save``."""
+
+    OURS = CONFIGS | {"d3rlpy's discrete": d3rlpy.algos.DiscreteCQLConfig}
+
+    @pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
+    @pytest.mark.parametrize("config", OURS.values(), ids=OURS)
+    def test_there_and_back(self, config: Any, trained: bool) -> None:
+        if config is d3rlpy.algos.DiscreteCQLConfig:
+            algo = config(encoder_factory=encoder_for(VECTOR), batch_size=BATCH).create()
+        else:
+            algo = make(config)
+        algo.create_impl(VECTOR, ACTION)
+        if trained:
+            fitting = {"n_steps": 3, "n_steps_per_epoch": 3, "logger_adapter": NoopAdapterFactory(), "show_progress": False}
+            algo.fit(make_dataset(algo, VECTOR), **fitting)
+        again = pickle.loads(pickle.dumps(algo))
+        observations = observe(VECTOR, 9)
+        assert np.array_equal(again.predict(observations), algo.predict(observations))
+        batch = make_batch(algo, VECTOR)
+        th.manual_seed(5)
+        metrics, values = algo.update(batch), algo.predict_value(observations, act(algo, 9) * 0)
+        assert not np.array_equal(again.predict_value(observations, act(algo, 9) * 0), values), "the copy stands alone"
+        th.manual_seed(5)
+        assert again.update(batch) == metrics
+        assert np.array_equal(again.predict_value(observations, act(algo, 9) * 0), values)
 
 
 class TestSavedPolicies:
