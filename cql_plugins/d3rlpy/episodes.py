@@ -17,7 +17,6 @@ from d3rlpy.dataset import (
     EpisodeBase,
     FrameStackTransitionPicker,
     MultiStepTransitionPicker,
-    Signature,
     Transition,
     TransitionPickerProtocol,
 )
@@ -37,7 +36,17 @@ def map_leaves(function: Callable[[NDArray], Any], observations: ObservationSequ
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class CompleteEpisode:
+class _Fields:
+    """What a complete episode stores, in the place of what d3rlpy's stores."""
+
+    all_observations: ObservationSequence
+    actions: NDArray
+    rewards: Float32NDArray
+    terminated: bool
+    cut: bool = False
+
+
+class CompleteEpisode(_Fields, Episode):
     """An episode of ``T`` steps with all its ``T + 1`` observations: each step is a transition.
 
     Attributes:
@@ -48,31 +57,13 @@ class CompleteEpisode:
         cut: Whether it was merely broken off, at the end of training for instance: its returns are not known.
     """
 
-    all_observations: ObservationSequence
-    actions: NDArray
-    rewards: Float32NDArray
-    terminated: bool
-    cut: bool = False
+    __eq__ = object.__eq__  # d3rlpy's compares arrays as if they were numbers
+    __hash__ = object.__hash__
 
     @property
     def observations(self) -> ObservationSequence:
         """``T`` rows, one for each step, as d3rlpy expects them."""
         return map_leaves(lambda leaf: leaf[: self.size()], self.all_observations)  # type: ignore[no-any-return]
-
-    @property
-    def observation_signature(self) -> Signature:
-        """Shape and dtype of one observation."""
-        return self.padded.observation_signature
-
-    @property
-    def action_signature(self) -> Signature:
-        """Shape and dtype of one action."""
-        return Signature(dtype=[self.actions.dtype], shape=[self.actions.shape[1:]])
-
-    @property
-    def reward_signature(self) -> Signature:
-        """Shape and dtype of one reward."""
-        return Signature(dtype=[self.rewards.dtype], shape=[self.rewards.shape[1:]])
 
     @property
     def transition_count(self) -> int:
@@ -92,31 +83,14 @@ class CompleteEpisode:
             terminated=False,
         )
 
-    def size(self) -> int:
-        """Steps of the episode."""
-        return len(self.rewards)
-
-    def compute_return(self) -> float:
-        """Sum of the rewards."""
-        return float(np.sum(self.rewards))
-
     def serialize(self) -> dict[str, Any]:
         """Get the fields by name; the observations are all ``T + 1``."""
-        return {
-            "observations": self.all_observations,
-            "actions": self.actions,
-            "rewards": self.rewards,
-            "terminated": self.terminated,
-            "cut": self.cut,
-        }
+        return super().serialize() | {"observations": self.all_observations, "cut": self.cut}
 
     @classmethod
     def deserialize(cls, serializedData: dict[str, Any]) -> CompleteEpisode:  # noqa: N803 (d3rlpy's name)
         """Undo :meth:`serialize`."""
         return cls(*(serializedData[key] for key in ("observations", "actions", "rewards", "terminated", "cut")))
-
-    def __len__(self) -> int:
-        return self.size()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,8 +15,10 @@ import pytest
 import torch as th
 from d3rlpy.dataset import Episode, Transition, TransitionMiniBatch, create_infinite_replay_buffer
 from d3rlpy.logging import FileAdapterFactory, NoopAdapterFactory
+from gymnasium import spaces
 
 import cql_plugins.d3rlpy as room
+from cql_plugins.adapters import OfflineDataset, to_d3rlpy
 from cql_plugins.d3rlpy import CalQLConfig, CQLConfig, DiscreteCalQLConfig, DiscreteCQLConfig
 from cql_plugins.d3rlpy.cql import register_once
 
@@ -282,6 +284,55 @@ class TestHostTopics:
         huber = np.where(np.abs(difference) < 1, 0.5 * difference**2, np.abs(difference) - 0.5)
         by_hand = (np.abs(taus - (difference < 0)) * huber).sum(2).mean(1).mean()
         assert algo.update(batch)["td_loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+class TestFittedScalers:
+    """d3rlpy fits the scaler of tuple observations on episodes of its own class alone."""
+
+    ALGOS = CONFIGS | {"d3rlpy's CQL": d3rlpy.algos.CQLConfig, "d3rlpy's discrete": d3rlpy.algos.DiscreteCQLConfig}
+
+    def buffers(self, discrete: bool) -> tuple[Any, Any]:
+        """Two episodes of 6 steps, of which the second is truncated, in our buffer and as d3rlpy keeps them."""
+        rng = np.random.default_rng(4)
+        ends = np.arange(12) % 6 == 5
+        space = {f"{i}": spaces.Box(-np.inf, np.inf, shape, np.float32) for i, shape in enumerate(TUPLE)}
+        data = OfflineDataset(
+            {key: rng.normal(size=(14, *box.shape)).astype(np.float32) for key, box in space.items()},
+            rng.integers(ACTION, size=12) if discrete else rng.uniform(-1, 1, (12, ACTION)).astype(np.float32),
+            rng.normal(size=12).astype(np.float32),
+            ends & (np.arange(12) < 6),
+            ends & (np.arange(12) >= 6),
+            observation_space=spaces.Dict(space),
+            action_space=spaces.Discrete(ACTION) if discrete else spaces.Box(-1, 1, (ACTION,), np.float32),
+        )
+        ours = to_d3rlpy(data)
+        theirs = [Episode(e.observations, e.actions, e.rewards, e.terminated) for e in ours.episodes]
+        return ours, create_infinite_replay_buffer(theirs)
+
+    def scaler(self) -> Any:
+        own = d3rlpy.preprocessing
+        return own.TupleObservationScaler([own.StandardObservationScaler(), own.MinMaxObservationScaler()])
+
+    @pytest.mark.parametrize("config", ALGOS.values(), ids=ALGOS)
+    def test_tuples(self, config: Any) -> None:
+        discrete = "Discrete" in config.__name__
+        fitted = []
+        for buffer in self.buffers(discrete):
+            names = ("encoder_factory",) if discrete else ("actor_encoder_factory", "critic_encoder_factory")
+            options = {name: encoder_for(TUPLE) for name in names}
+            algo = config(**options, batch_size=BATCH, observation_scaler=self.scaler()).create()
+            algo.fit(buffer, n_steps=1, n_steps_per_epoch=1, logger_adapter=NoopAdapterFactory(), show_progress=False)
+            fitted.append(algo.config.observation_scaler)
+        assert fitted[0].built
+        assert fitted[0].serialize() == fitted[1].serialize()
+
+    def test_tuples_of_trajectories(self) -> None:
+        fitted = []
+        for buffer in self.buffers(discrete=False):
+            scaler = self.scaler()
+            scaler.fit_with_trajectory_slicer(buffer.episodes, buffer.trajectory_slicer)
+            fitted.append(scaler.serialize())
+        assert fitted[0] == fitted[1]
 
 
 class TestPickle:

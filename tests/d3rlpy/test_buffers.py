@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,28 @@ class TestEveryTransition:
         buffer = to_d3rlpy(literal_dataset())
         batch = TorchMiniBatch.from_batch(buffer.transition_batch(np.arange(7)), 0.5, compute_returns_to_go=True, device="cpu")
         assert batch.returns_to_go[:, 0].tolist() == RETURNS
+
+    def test_an_episode_is_one_of_d3rlpys_and_stays_what_it_was(self) -> None:
+        episode = to_d3rlpy(literal_dataset()).episodes[1]
+        assert isinstance(episode, CompleteEpisode)
+        assert isinstance(episode, Episode), "which d3rlpy's scaler of tuples asks for"
+        assert (episode.size(), len(episode), episode.transition_count, episode.compute_return()) == (2, 2, 2, 12.0)
+        theirs = Episode(episode.observations, episode.actions, episode.rewards, terminated=False)
+        for name in ("observation_signature", "action_signature", "reward_signature"):
+            assert getattr(episode, name) == getattr(theirs, name)
+        assert list(episode.serialize()) == ["observations", "actions", "rewards", "terminated", "cut"]
+        broken_off = dataclasses.replace(episode, cut=True)
+        assert (broken_off.cut, broken_off.all_observations is episode.all_observations) == (True, True)
+        assert next(iter(dataclasses.fields(episode))).name == "all_observations"
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            episode.terminated = True  # type: ignore[misc]
+        # By identity, as a key too: d3rlpy's own cannot be compared.
+        assert {episode: 1}[episode] == 1
+        assert episode != dataclasses.replace(episode)
+        again = pickle.loads(pickle.dumps(episode))
+        assert again.all_observations.tolist() == [[20], [21], [22]]
+        assert again.observations.tolist() == [[20], [21]]
+        assert np.shares_memory(episode.observations, episode.all_observations)
 
     def test_stacked_frames_and_several_steps(self) -> None:
         frames = literal_dataset(observation_space=spaces.Box(-np.inf, np.inf, (1,), np.float32))
