@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch as th
+from d3rlpy.torch_utility import unwrap_ddp_model
 
 from cql_plugins._files import whole_file
 from cql_plugins._onnx import onnx_bytes
@@ -34,3 +38,22 @@ def export_onnx(module: th.nn.Module, examples: tuple[th.Tensor, ...], path: str
     contents = onnx_bytes(module, examples, [f"input_{i}" for i in range(len(examples))], "output_0")
     with whole_file(path) as file:
         file.write(contents)
+
+
+def alone(impl: Any) -> Any:
+    """Take an implementation out of ``DistributedDataParallel``, which cannot be traced.
+
+    Args:
+        impl: Of any of the algorithms; stays as it is.
+
+    Returns:
+        A shallow copy to predict with, with the same parameters.
+    """
+    networks = {name: unwrap_ddp_model(module) for name, module in impl.modules.get_torch_modules().items()}
+    impl = copy.copy(impl)
+    impl._modules = dataclasses.replace(impl._modules, **networks)
+    impl._q_func_forwarder = copy.copy(impl._q_func_forwarder)
+    impl._q_func_forwarder._forwarders = [copy.copy(own) for own in impl._q_func_forwarder.forwarders]
+    for forwarder, q_func in zip(impl._q_func_forwarder.forwarders, networks["q_funcs"], strict=True):
+        forwarder.set_q_func(q_func)
+    return impl

@@ -33,7 +33,7 @@ from d3rlpy.types import Float32NDArray, GymEnv, Observation
 from cql_plugins._guards import SickListener, bad_cells
 from cql_plugins.d3rlpy.batches import ReturnsSettings, ReturnsToGoMiniBatch, TailValues
 from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer
-from cql_plugins.d3rlpy.export import example_inputs, export_onnx
+from cql_plugins.d3rlpy.export import alone, example_inputs, export_onnx
 from cql_plugins.d3rlpy.online import (
     NewestFrameWriterPreprocess,
     OfflineOnlineReplayBuffer,
@@ -269,22 +269,27 @@ class OfflineToOnlineMixin(_AlgoBase):
             ValueError: If the ending is another.
         """
         assert self._impl is not None, IMPL_NOT_INITIALIZED_ERROR
+        impl = self._impl
         suffix = Path(fname).suffix
         if suffix not in (".pt", ".onnx"):
             raise ValueError(f"fname must end in .pt (TorchScript) or .onnx (ONNX); got {fname!r}.")
-        shape = self._impl.observation_shape
+        shape = impl.observation_shape
         examples = example_inputs(list(cast_tuple_shape(shape)) if is_tuple_shape(shape) else [shape], self._device)
-        self._impl.modules.set_eval()
-        policy = self._greedy_policy()
-        with th.no_grad():
-            policy(*examples)  # d3rlpy's scalers make their tensors at the first call, and must not make them while traced.
-        with tempfile.TemporaryDirectory(dir=Path(fname).resolve().parent) as folder:
-            written = os.path.join(folder, f"policy{suffix}")
-            if suffix == ".pt":
-                super().save_policy(written)
-            else:
-                export_onnx(policy, examples, written)
-            os.replace(written, fname)
+        impl.modules.set_eval()
+        self._impl = alone(impl)
+        try:
+            policy = self._greedy_policy()
+            with th.no_grad():
+                policy(*examples)  # d3rlpy's scalers make their tensors at the first call, and must not make them while traced.
+            with tempfile.TemporaryDirectory(dir=Path(fname).resolve().parent) as folder:
+                written = os.path.join(folder, f"policy{suffix}")
+                if suffix == ".pt":
+                    super().save_policy(written)
+                else:
+                    export_onnx(policy, examples, written)
+                os.replace(written, fname)
+        finally:
+            self._impl = impl
 
     def _greedy_policy(self) -> th.nn.Module:
         """The policy as one module, from raw observations to actions in the environment's units."""

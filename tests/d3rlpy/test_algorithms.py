@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +401,44 @@ class TestSavedPolicies:
             np.testing.assert_allclose(actions, algo.predict(observations), atol=1e-5)
         assert [p.name for p in tmp_path.iterdir()] == ["policy.onnx"]
         algo.update(make_batch(algo, shape))  # and training goes on
+
+    @pytest.mark.skipif(not th.distributed.is_gloo_available(), reason="torch without gloo")
+    @pytest.mark.filterwarnings("ignore:`torch.jit.*` is (deprecated|not supported in Python 3.14)")
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    @pytest.mark.parametrize("suffix", ["pt", "onnx"])
+    @pytest.mark.parametrize("config", [CQLConfig, DiscreteCalQLConfig])
+    def test_of_one_that_several_processes_train(self, config: Any, suffix: str, tmp_path: Path) -> None:
+        if suffix == "onnx":
+            for package in ("onnx", "onnxscript", "onnxruntime"):
+                pytest.importorskip(package)
+        th.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        try:
+            options = make(config, scaled=True, q_func="qr" if config in DISCRETE else "mean").config
+            algo = options.create(device="cpu:0", enable_ddp=True)
+            algo.create_impl(VECTOR, ACTION)
+            algo.update(make_batch(algo, VECTOR))
+            impl, modules, parts = algo.impl, algo.impl.modules, algo.impl.modules.get_torch_modules()
+            before = {f"{name}.{key}": v.clone() for name, part in parts.items() for key, v in part.state_dict().items()}
+            assert any(".module." in name for name in before), "DistributedDataParallel's"
+            path = tmp_path / f"policy.{suffix}"
+            algo.save_policy(str(path))
+            observations = observe(VECTOR, 9)
+            if suffix == "pt":
+                actions = th.jit.load(str(path))(th.tensor(observations)).numpy()
+            else:
+                session = import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+                (actions,) = session.run(None, {"input_0": observations})
+            np.testing.assert_allclose(actions, algo.predict(observations), atol=1e-5)
+            assert algo.impl is impl
+            assert impl.modules is modules
+            after = {f"{name}.{key}": v for name, part in parts.items() for key, v in part.state_dict().items()}
+            assert before.keys() == after.keys()
+            assert all(th.equal(before[name], after[name]) for name in before)
+            assert all(p.requires_grad for p in parts["q_funcs"].parameters())
+            algo.update(make_batch(algo, VECTOR))  # and training goes on
+            assert not all(th.equal(before[name], after[name]) for name in before)
+        finally:
+            th.distributed.destroy_process_group()
 
     def test_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         algo = make(CQLConfig)
