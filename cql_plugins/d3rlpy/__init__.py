@@ -14,6 +14,7 @@ from cql_plugins.d3rlpy.buffers import OfflineReplayBuffer  # noqa: E402
 from cql_plugins.d3rlpy.cal_ql import CalQL, CalQLConfig, DiscreteCalQL, DiscreteCalQLConfig  # noqa: E402
 from cql_plugins.d3rlpy.checkpoints import CheckpointError, Checkpoints, load_checkpoint, save_checkpoint  # noqa: E402
 from cql_plugins.d3rlpy.cql import CQL, CQLConfig, DiscreteCQL, DiscreteCQLConfig  # noqa: E402
+from cql_plugins.d3rlpy.episodes import CompleteEpisode, CompleteTransitionPicker  # noqa: E402
 from cql_plugins.d3rlpy.evaluators import QGapEvaluator, ValueBiasEvaluator, gap_expansion, value_bias  # noqa: E402
 from cql_plugins.d3rlpy.online import OfflineOnlineReplayBuffer, ReturnsToGoReplayBuffer, with_returns_to_go  # noqa: E402
 from cql_plugins.d3rlpy.weights import WeightsError, load_weights, save_weights  # noqa: E402
@@ -25,6 +26,8 @@ __all__ = [
     "CalQLConfig",
     "CheckpointError",
     "Checkpoints",
+    "CompleteEpisode",
+    "CompleteTransitionPicker",
     "DiscreteCQL",
     "DiscreteCQLConfig",
     "DiscreteCalQL",

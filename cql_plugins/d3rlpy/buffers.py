@@ -241,7 +241,27 @@ class OfflineReplayBuffer(ReplayBufferBase):
         self._refuse_to_grow()
 
     def dump(self, f: BinaryIO) -> None:
-        """Write the episodes as d3rlpy does; :meth:`load` reads them back whole."""
+        """Write the episodes as d3rlpy does, each with the observation after its last step.
+
+        The file does not say what kind of actions it holds, nor how many there are. Whoever reads it back does; where it is
+        left to ``d3rlpy.dataset.ReplayBuffer.load``, it guesses from the actions that are there::
+
+            import d3rlpy
+            from cql_plugins.d3rlpy import CompleteEpisode, CompleteTransitionPicker
+
+            with open("data.h5", "rb") as f:
+                episodes = d3rlpy.dataset.load(CompleteEpisode, f)
+            buffer = d3rlpy.dataset.ReplayBuffer(
+                d3rlpy.dataset.InfiniteBuffer(),
+                episodes=episodes,
+                transition_picker=CompleteTransitionPicker(),
+                action_space=d3rlpy.ActionSpace.CONTINUOUS,
+                action_size=6,
+            )
+
+        Args:
+            f: File, open for binary reading and writing.
+        """
         dump_episodes(self.episodes, f)
 
     @classmethod
@@ -251,10 +271,12 @@ class OfflineReplayBuffer(ReplayBufferBase):
 
     @classmethod
     def load(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: d3rlpy's file does not say what kind of actions it holds."""
+        """Refuse: d3rlpy's file does not say what kind of actions it holds, see :meth:`dump`."""
         raise NotImplementedError(
-            "Use d3rlpy.dataset.ReplayBuffer.load(f, buffer, episode_cls=CompleteEpisode, "
-            "transition_picker=CompleteTransitionPicker())."
+            "The file does not say what kind of actions it holds, nor how many there are. Use d3rlpy.dataset.ReplayBuffer("
+            "d3rlpy.dataset.InfiniteBuffer(), episodes=d3rlpy.dataset.load(CompleteEpisode, f), "
+            "transition_picker=CompleteTransitionPicker(), action_space=..., action_size=...), with the action space and size "
+            "of the dumped buffer's dataset_info, and CompleteEpisode and CompleteTransitionPicker from cql_plugins.d3rlpy."
         )
 
     @cached_property

@@ -370,11 +370,11 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
     def dump(self, f: BinaryIO) -> None:
         """Write the episodes, each with the observation after its last step, as :class:`CompleteEpisode`.
 
-        Read them back with ``ReplayBuffer.load(f, buffer, episode_cls=CompleteEpisode,
-        transition_picker=CompleteTransitionPicker())``. The wrapped buffer's own ``dump`` does not say how episodes ended.
+        They are read back as in :meth:`OfflineReplayBuffer.dump`. The wrapped buffer's own ``dump`` does not say how episodes
+        ended.
 
         Args:
-            f: File, open for binary writing.
+            f: File, open for binary reading and writing.
         """
         ended = [episode for episode in self.inner.episodes if episode is not self._running_episode]
         dump_episodes([as_complete(episode) for episode in ended], f)
@@ -386,8 +386,11 @@ class ReturnsToGoReplayBuffer(ReplayBufferBase):
 
     @classmethod
     def load(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: load d3rlpy's buffer, then wrap it."""
-        raise NotImplementedError("Load d3rlpy's ReplayBuffer and wrap it: ReturnsToGoReplayBuffer(buffer).")
+        """Refuse: read the episodes into d3rlpy's buffer, see :meth:`OfflineReplayBuffer.dump`, then wrap it."""
+        raise NotImplementedError(
+            "Read the episodes into d3rlpy's ReplayBuffer, as the docstring of OfflineReplayBuffer.dump shows, and wrap it: "
+            "ReturnsToGoReplayBuffer(buffer)."
+        )
 
     @property
     def episodes(self) -> Sequence[EpisodeBase]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import pickle
+import re
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,11 @@ from d3rlpy.dataset import (
     ReplayBuffer,
     create_infinite_replay_buffer,
 )
+from d3rlpy.logging import NoopAdapterFactory
 from d3rlpy.torch_utility import TorchMiniBatch
 from gymnasium import spaces
 
+import cql_plugins.d3rlpy as room
 from cql_plugins.adapters import DatasetError, OfflineDataset, from_d3rlpy, from_minari, to_d3rlpy
 from cql_plugins.d3rlpy import OfflineOnlineReplayBuffer, OfflineReplayBuffer, ReturnsToGoReplayBuffer, with_returns_to_go
 from cql_plugins.d3rlpy.batches import ReturnsSettings, TailValues
@@ -64,9 +69,11 @@ class Literal(gym.Env[Any, Any]):
 
 
 def literal_dataset(**changes: Any) -> OfflineDataset:
+    actions = changes.pop("actions", np.array([a for e in EPISODES for a in e["actions"]]))
+    is_discrete = isinstance(changes.get("action_space"), spaces.Discrete)
     return OfflineDataset(
         np.array([[o] for e in EPISODES for o in e["observations"]], np.float32),
-        np.array([[a] for e in EPISODES for a in e["actions"]], np.float32),
+        actions if is_discrete else actions[:, None].astype(np.float32),
         np.array([r for e in EPISODES for r in e["rewards"]], np.float32),
         np.array([False, True, False, False, True, False, False]),
         np.array([False, False, False, True, False, False, True]),
@@ -367,6 +374,55 @@ class TestRoundTrips:
         )
         assert loaded.transition_count == 7
         assert sampled(loaded) == expected()
+
+    @pytest.mark.parametrize("wrapped", [False, True], ids=["offline", "wrapped"])
+    @pytest.mark.parametrize("discrete", [False, True], ids=["whole numbers", "two of five"])
+    def test_the_docstrings_recipe(
+        self, discrete: bool, wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """d3rlpy guesses these actions wrong: whole numbers are discrete to it, and two actions are all there are."""
+        actions = np.array([0, 1, 1, 0, 1, 0, 1])
+        data = literal_dataset(action_space=spaces.Discrete(5) if discrete else Literal.action_space, actions=actions)
+        buffer = to_d3rlpy(data)
+        info = buffer.dataset_info
+        assert info.action_size == (5 if discrete else 1)
+        docstring = inspect.getdoc(OfflineReplayBuffer.dump)
+        assert docstring is not None
+        recipe = textwrap.dedent(docstring.split("::\n")[1].split("Args:")[0])
+        if discrete:
+            recipe = recipe.replace("ActionSpace.CONTINUOUS", "ActionSpace.DISCRETE")
+        recipe = recipe.replace("action_size=6", f"action_size={info.action_size}")
+        monkeypatch.chdir(tmp_path)
+        with open("data.h5", "w+b") as file:
+            (with_returns_to_go(create_infinite_replay_buffer(list(buffer.episodes))) if wrapped else buffer).dump(file)
+        names: dict[str, Any] = {}
+        exec(recipe, names)
+        self.check(names["buffer"], info)
+
+        with pytest.raises(NotImplementedError, match="action_space=") as refusal, open("data.h5", "rb") as file:
+            OfflineReplayBuffer.load(file, InfiniteBuffer())
+        call = re.search(r"Use (.*\)), with", str(refusal.value))
+        assert call is not None
+        kind = f"action_space=d3rlpy.{info.action_space}, action_size={info.action_size}"
+        with open("data.h5", "rb") as file:
+            given = {"d3rlpy": d3rlpy, "f": file} | {
+                n: getattr(room, n) for n in ("CompleteEpisode", "CompleteTransitionPicker")
+            }
+            loaded = eval(call[1].replace("action_space=..., action_size=...", kind), given)
+        self.check(loaded, info)
+
+    def check(self, loaded: ReplayBuffer, info: Any) -> None:
+        assert loaded.dataset_info == info
+        assert loaded.transition_count == 7
+        picked = [loaded.transition_picker(*loaded.buffer[row]) for row in range(7)]
+        assert [(t.observation.item(), t.next_observation.item(), t.terminal) for t in picked] == [
+            (row[0], row[3], row[4]) for row in TRANSITIONS
+        ]
+        config: Any = room.DiscreteCalQLConfig if info.action_space == d3rlpy.ActionSpace.DISCRETE else room.CalQLConfig
+        algo = config(batch_size=8).create()
+        options = {"n_steps": 2, "n_steps_per_epoch": 2, "show_progress": False, "logger_adapter": NoopAdapterFactory()}
+        algo.fit(loaded, **options)
+        assert algo.impl.action_size == info.action_size
 
     def test_nothing_to_read(self) -> None:
         one_row = [Episode(np.zeros((1, 1)), np.full((1, 1), 0.5), np.ones((1, 1)), False)] * 2
