@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch as th
@@ -43,6 +44,11 @@ else:
 
 _PER_IMAGE = (nn.Conv2d, nn.ReLU)
 """Modules that do the same to an image whatever else is in the batch, and how often it is."""
+
+_PER_BATCH = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+"""Modules in training whose answer depends on what else is in the batch, or on the pass."""
+_PASSES_OF_D3RLPY = ("current", "next", "random", "data")
+"""The order in which d3rlpy evaluates its groups of actions."""
 
 ReturnsOf = Callable[[TransitionMiniBatch], Float32NDArray]
 """From a batch to its returns-to-go, shape ``(B, 1)``."""
@@ -145,6 +151,7 @@ class CQLImpl(HostCQLImpl):
         )
         self._options = config
         self._warned_of_clamp = False
+        self._looks_at_the_batch = any(isinstance(module, _PER_BATCH) for module in self._modules.q_funcs.modules())
         self._workspace = Workspace()
         # What d3rlpy compiles around it leaves it as it is.
         self._evaluate_actions = th.compiler.disable(evaluate_actions) if compiled else evaluate_actions
@@ -294,7 +301,7 @@ class CQLImpl(HostCQLImpl):
         )
 
     def _compute_penalty(self, batch: TorchMiniBatch) -> Penalty:
-        """Evaluate the data's and all proposed actions in one pass; return the gap."""
+        """Evaluate the data's and all proposed actions; return the gap."""
         options = self._options
         groups = losses.propose_actions(
             options.cql_variant,
@@ -303,9 +310,9 @@ class CQLImpl(HostCQLImpl):
             self._gaussian(batch.next_observations),
             self._n_action_samples,
         )
-        actions = th.cat([batch.actions.unsqueeze(1), *(group.actions for group in groups.values())], dim=1)
+        actions = {"data": batch.actions.unsqueeze(1)} | {name: group.actions for name, group in groups.items()}
         return losses.conservative_penalty(
-            self._q_values(self._q_func_forwarder, batch.observations, actions, options.precision),
+            self._values_of_groups(batch.observations, actions),
             groups,
             calibration=self._calibration(batch),
             variant=options.cql_variant,
@@ -313,6 +320,17 @@ class CQLImpl(HostCQLImpl):
             clip=options.cql_clip_diff,
             normalize=options.normalize_gap,
         )
+
+    def _values_of_groups(self, observations: TorchObservation, groups: dict[str, th.Tensor]) -> th.Tensor:
+        """Evaluate groups of actions ``(B, M, A)`` at each state, in one pass; values of all in their order, ``(C, B, ...)``.
+
+        With d3rlpy's convention each group has a pass of its own where it matters in what company an action is evaluated.
+        """
+        evaluate = partial(self._q_values, self._q_func_forwarder, observations, precision=self._options.precision)
+        if self._options.conventions == "d3rlpy" and self._looks_at_the_batch:
+            values = {name: evaluate(groups[name]) for name in _PASSES_OF_D3RLPY if name in groups}
+            return th.cat([values[name] for name in groups], dim=2)
+        return evaluate(th.cat(list(groups.values()), dim=1))
 
     def _calibration(self, batch: TorchMiniBatch) -> Calibration | None:
         """What bounds the policy's values from below: nothing here, the returns-to-go in Cal-QL."""

@@ -20,8 +20,13 @@ OBSERVATION, ACTION, BATCH, N = 3, 2, 16, 4
 UNITS = d3rlpy.models.VectorEncoderFactory([32, 32])
 
 
-def mini_batch(seed: int, discrete: bool = False) -> d3rlpy.dataset.TransitionMiniBatch:
+def mini_batch(
+    seed: int, discrete: bool = False, shape: tuple[int, ...] = (OBSERVATION,)
+) -> d3rlpy.dataset.TransitionMiniBatch:
     rng = np.random.default_rng(seed)
+
+    def observation() -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
 
     def action() -> np.ndarray:
         return rng.integers(ACTION, size=1) if discrete else rng.uniform(-1, 1, ACTION).astype(np.float32)
@@ -29,10 +34,10 @@ def mini_batch(seed: int, discrete: bool = False) -> d3rlpy.dataset.TransitionMi
     return d3rlpy.dataset.TransitionMiniBatch.from_transitions(
         [
             d3rlpy.dataset.Transition(
-                observation=rng.normal(size=OBSERVATION).astype(np.float32),
+                observation=observation(),
                 action=action(),
                 reward=rng.normal(size=1).astype(np.float32),
-                next_observation=rng.normal(size=OBSERVATION).astype(np.float32),
+                next_observation=observation(),
                 next_action=action(),
                 terminal=float(rng.random() < 0.2),
                 interval=1,
@@ -43,9 +48,9 @@ def mini_batch(seed: int, discrete: bool = False) -> d3rlpy.dataset.TransitionMi
     )
 
 
-def built(config: Any) -> Any:
+def built(config: Any, shape: tuple[int, ...] = (OBSERVATION,)) -> Any:
     algo = config.create()
-    algo.create_impl((OBSERVATION,), ACTION)
+    algo.create_impl(shape, ACTION)
     return algo
 
 
@@ -62,10 +67,12 @@ def parameters(algo: Any) -> dict[str, th.Tensor]:
     }
 
 
-def run(algo: Any, noise: Any, updates: int = 10, discrete: bool = False) -> dict[str, th.Tensor]:
+def run(
+    algo: Any, noise: Any, updates: int = 10, discrete: bool = False, shape: tuple[int, ...] = (OBSERVATION,)
+) -> dict[str, th.Tensor]:
     with noise.injected():
         for step in range(updates):
-            algo.update(mini_batch(step, discrete))
+            algo.update(mini_batch(step, discrete, shape))
     return parameters(algo)
 
 
@@ -81,6 +88,16 @@ HOST_CONFIGS = {
     "soft backup": {"soft_q_backup": True, "n_critics": 3},
     "quantiles": {"q_func_factory": d3rlpy.models.QRQFunctionFactory(n_quantiles=8)},
 }
+
+
+IMAGE = (1, 36, 36)
+PIXELS: dict[str, Any] = {"filters": [[4, 8, 4], [8, 4, 2]], "feature_size": 16}
+DEPENDENT: dict[str, tuple[Any, Any, bool]] = {
+    "batch norm": ((OBSERVATION,), d3rlpy.models.VectorEncoderFactory([8, 8], use_batch_norm=True), True),
+    "dropout": ((OBSERVATION,), d3rlpy.models.VectorEncoderFactory([8, 8], dropout_rate=0.3), False),
+    "images": (IMAGE, d3rlpy.models.PixelEncoderFactory(**PIXELS, use_batch_norm=True), True),
+}
+"""Shape of an observation, encoder, and whether the actor has it, too."""
 
 
 class TestBesideD3rlpysOwn:
@@ -108,6 +125,36 @@ class TestBesideD3rlpysOwn:
         critics = [key for key in expected if key.startswith("q_funcs")]
         changed = run(other, noise(7))
         assert max(float((changed[key] - expected[key]).abs().max()) for key in critics) > 1e-4, "the weight is looked at"
+
+    @pytest.mark.parametrize("cal_ql", [False, True], ids=["CQL", "Cal-QL"])
+    @pytest.mark.parametrize(("shape", "encoder", "same_in_actor"), DEPENDENT.values(), ids=DEPENDENT)
+    def test_networks_that_look_at_the_batch(
+        self, shape: tuple[int, ...], encoder: Any, same_in_actor: bool, cal_ql: bool, noise: Callable[[int], Any]
+    ) -> None:
+        """The statistics of a batch, and the draws of a pass, are of the rows that d3rlpy gives to the critic together."""
+        host, own = (d3rlpy.algos.CalQLConfig, CalQLConfig) if cal_ql else (d3rlpy.algos.CQLConfig, CQLConfig)
+        plain = d3rlpy.models.DefaultEncoderFactory()
+        theirs = built(
+            host(
+                n_action_samples=3,
+                actor_encoder_factory=encoder if same_in_actor else plain,
+                critic_encoder_factory=encoder,
+            ),
+            shape,
+        )
+        ours, other = built(own.from_d3rlpy(theirs.config), shape), built(own.from_d3rlpy(theirs.config), shape)
+        same_weights(theirs, ours)
+        same_weights(theirs, other)
+        start, ends = parameters(theirs), {}
+        other.impl._looks_at_the_batch = False
+        for name, algo in (("theirs", theirs), ("ours", ours), ("other", other)):
+            th.manual_seed(3)
+            ends[name] = run(algo, noise(7), updates=6, shape=shape)
+        assert largest_difference(ends["ours"], ends["theirs"]) < 1e-6
+        assert largest_difference(ends["other"], ends["theirs"]) > 1e-4, "one pass over all actions is not the same"
+        for key in [key for key in start if key.startswith("q_funcs") and "num_batches" in key]:
+            assert int(ends["ours"][key] - start[key]) == 6 * 5
+            assert int(ends["other"][key] - start[key]) == 6 * 2
 
     def test_the_papers_convention_differs(self, noise: Callable[[int], Any]) -> None:
         theirs = built(d3rlpy.algos.CQLConfig(n_action_samples=N, critic_optim_factory=d3rlpy.optimizers.SGDFactory()))
