@@ -19,6 +19,7 @@ from cql_plugins.ensembles import PRECISIONS, Precision, warn_of_slow_bf16
 from cql_plugins.losses import CQLVariant
 
 OfflineFraction = float | Literal["proportional"]
+_QUANTILES = (d3rlpy.models.QRQFunctionFactory, d3rlpy.models.IQNQFunctionFactory)
 
 
 # Continuous actions --------------------------------------------------------------------------------------------------
@@ -94,6 +95,11 @@ class CQLConfig(d3rlpy.algos.CQLConfig):
         if self.mode_q_backup and (self.soft_q_backup or self.max_q_backup):
             other = "max_q_backup" if self.max_q_backup else "soft_q_backup"
             raise ValueError(f"mode_q_backup and {other} exclude each other; set one of them to False.")
+        if self.conventions == "d3rlpy" and self.max_q_backup and isinstance(self.q_func_factory, _QUANTILES):
+            raise ValueError(
+                f"q_func_factory: d3rlpy's max_q_backup cannot compute the target of {type(self.q_func_factory).__name__}, "
+                'whose values are quantiles. Set max_q_backup=False, or conventions="paper".'
+            )
 
     @classmethod
     def from_d3rlpy(cls, config: d3rlpy.algos.CQLConfig | dict[str, Any], **changes: Any) -> Self:

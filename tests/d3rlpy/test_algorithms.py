@@ -475,6 +475,11 @@ class TestConfigs:
             (CQLConfig, {"conventions": "mine"}, 'conventions must be "paper" or "d3rlpy"'),
             (CQLConfig, {"soft_q_backup": True, "max_q_backup": True}, "exclude each other"),
             (CQLConfig, {"soft_q_backup": True, "mode_q_backup": True}, "mode_q_backup and soft_q_backup exclude each other"),
+            (
+                CalQLConfig,
+                {"conventions": "d3rlpy", "q_func_factory": d3rlpy.models.QRQFunctionFactory()},
+                "whose values are quantiles",
+            ),
             (CalQLConfig, {"mode_q_backup": True}, "mode_q_backup and max_q_backup exclude each other"),
             (CalQLConfig, {"return_tail": "open"}, "return_tail must be one of"),
             (DiscreteCQLConfig, {"alpha": float("nan")}, "alpha must be a number >= 0; got nan"),
