@@ -106,7 +106,7 @@ GRIDS = {
     ),
     "halfcheetah-drawn": Grid("halfcheetah-replay", DRAWN, n_seeds=3),
     "halfcheetah-medium-expert": Grid("halfcheetah-medium-expert", ("cql", "d3rlpy-bc"), n_seeds=3),
-    "door-human": Grid("door-human", (*CONTINUOUS, CLONED), n_seeds=3),
+    "door-human": Grid("door-human", (*CONTINUOUS, "cql:mode_q_backup=True", CLONED), n_seeds=3),
     "pen-expert": Grid("pen-expert", (*CONTINUOUS, CLONED), n_seeds=3),
 }
 
