@@ -240,6 +240,19 @@ def of_safe(of: Callable[[dict[str, Any]], float], run: dict[str, Any]) -> float
         return float("nan")
 
 
+def show_beside(axis: Any, largest: list[float], titles: dict[str, str]) -> None:
+    """Keep curves readable beside one that is far larger than all others: logarithmic beyond them."""
+    if len(largest) > 1 and largest[-1] > 50 * largest[-2] and axis.dataLim.ymax >= largest[-1]:
+        digit = 10 ** np.floor(np.log10(largest[-2]))
+        threshold = float(digit * np.ceil(largest[-2] / digit))
+        axis.set_yscale("symlog", linthresh=threshold, linscale=2.0)
+        powers = 10.0 ** np.arange(np.ceil(np.log10(threshold)), np.log10(largest[-1]) + 1)
+        axis.set_yticks([-threshold, 0.0, threshold, *powers[powers > 2 * threshold]])
+        axis.set_ylim(-1.2 * threshold, 1.5 * largest[-1])
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        titles["bias"] += f",\nlogarithmic beyond {threshold:,.0f}"
+
+
 def draw(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]], theme: str, path: Path) -> None:
     """Scores over gradient steps, values beside them, and the online phase where there is one: means and all seeds."""
     import matplotlib as mpl
@@ -256,6 +269,7 @@ def draw(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]], theme: s
     with mpl.rc_context(style(theme)):
         figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), layout="constrained", dpi=130)
         for (quantity, phase), axis in zip(panels, axes, strict=True):
+            largest = []
             for arm, colour in zip(found, COLOURS[theme], strict=False):
                 if (phase == "online" and arm not in online) or (quantity == "bias" and np.isnan(bias(found[arm][0]))):
                     continue
@@ -267,8 +281,10 @@ def draw(name: str, grid: Grid, found: dict[str, list[dict[str, Any]]], theme: s
                     steps, values = curve(runs, "score", phase)
                 axis.plot(steps, values.T, color=colour, alpha=0.2, linewidth=0.8)
                 axis.plot(steps, values.mean(axis=0), color=colour, linewidth=2.0, label=label(arm))
+                largest.append(float(np.abs(values.mean(axis=0)).max()))
             if quantity == "bias":
                 axis.axhline(0.0, color=ground["text"], linewidth=0.7)
+                show_beside(axis, sorted(largest), titles)
             elif phase == "offline":
                 data = task.score(list(task.load().episode_returns))
                 axis.axhline(data, color=ground["text"], linestyle=":", linewidth=1.0, label=f"the data, {data:.0f}")
