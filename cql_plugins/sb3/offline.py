@@ -475,7 +475,8 @@ class OfflineMixin(OffPolicyAlgorithm):
                     self._dump_offline_logs()
             finally:
                 self._restore_online_clock()
-                self._logger.name_to_value.pop(_CLOCK, None)
+                if (logger := getattr(self, "_logger", None)) is not None:  # There is none before the first training.
+                    logger.name_to_value.pop(_CLOCK, None)
                 if self._ranks is not None:
                     self._ranks.close()
                     self._ranks = None
