@@ -341,8 +341,8 @@ TASKS: dict[str, Task] = {
     "halfcheetah-medium-expert": Task(
         medium_expert,
         lambda: gym.make("HalfCheetah-v5"),
-        steps=100_000,
-        eval_every=5000,
+        steps=10_000,
+        eval_every=1250,
         eval_episodes=5,
         common={"cql_alpha": 5.0},
         iql={"expectile": 0.7, "weight_temp": 3.0},
