@@ -128,6 +128,17 @@ def relative_bias(run: dict[str, Any]) -> float:
     return abs(bias(run)) / max(abs(run["offline"][-1]["actual"]), 1e-9)
 
 
+LARGER = ("halfcheetah-replay", "halfcheetah-medium-expert", "door-human", "pen-expert")
+"""Tasks of published data sets."""
+NEWER = {
+    "LayerNorm critics (Ball et al., 2023)": "cql:layer_norm=True",
+    "ten critics, two in the target (Chen et al., 2021),": "cql:n_critics=10,n_target_critics=2",
+    "batches of 1,024 instead of 128 (Nikulin et al., 2022)": "cql:batch_size=1024",
+    "batches of 1,024, twice the critics' rate and LayerNorm": "cql:batch_size=1024,layer_norm=True,learning_rate=2e-3",
+}
+"""What newer work adds to critics, as arms of the grid."""
+
+
 def _beside_d3rlpy(task: str, text: str, arm: str) -> Claim:
     return Claim("this project", text, task, arm, last("score"), "points", against="d3rlpy-cql", margin=5.0)
 
@@ -135,7 +146,7 @@ def _beside_d3rlpy(task: str, text: str, arm: str) -> Claim:
 def claims() -> list[Claim]:
     """All that are tested."""
     found = []
-    for task in ("bridge", "pendulum", "pointmaze", "halfcheetah-replay", "door-human", "pen-expert"):
+    for task in ("bridge", "pendulum", "pointmaze", *LARGER):
         found += [
             Claim(
                 "CQL, Table 4", "CQL(H) under-estimates its policy", task, "cql", bias, "reward", positive=False, of_level=True
@@ -150,7 +161,7 @@ def claims() -> list[Claim]:
     for task in ("bridge", "pendulum"):
         text, eq_1 = "Eq. 1 under-estimates more than CQL(H)", "cql:cql_variant=pointwise"
         found.append(Claim("CQL, Table 4", text, task, eq_1, bias, "reward", against="cql", positive=False))
-    for task in ("bridge", "pendulum", "cartpole", "pointmaze", "halfcheetah-replay", "door-human", "pen-expert"):
+    for task in ("bridge", "pendulum", "cartpole", "pointmaze", *LARGER):
         plain = ("itself with weight 0", "cql:cql_alpha=0.0") if task == "cartpole" else ("SAC", "sac")
         found += [
             Claim("CQL, Table 1", f"CQL is above {other}", task, "cql", last("score"), "points", against=arm)
@@ -166,6 +177,8 @@ def claims() -> list[Claim]:
     for task in ("bridge", "pendulum", "halfcheetah-replay"):
         text = "with a drawn backward pass CQL is not below the exact one (5 points)"
         found.append(Claim("this project", text, task, "cql:cql_n_backward=31", last("score"), "points", "cql", margin=5.0))
+    for text, arm in NEWER.items():
+        found.append(Claim("newer work", f"{text} improve CQL", "bridge", arm, last("score"), "points", against="cql"))
     source = "CQL, Section 5"
     none, little, much = (f"cql:cql_alpha={weight}" for weight in (0.0, 0.1, 50.0))
     one = "cql"  # both tasks' own weight
