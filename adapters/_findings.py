@@ -145,8 +145,8 @@ def inferred_spaces(dataset: "OfflineDataset") -> Iterator[Finding]:
         if isinstance(space, spaces.Discrete):
             yield Finding(
                 f"inferred-{kind.replace('_', '-')}",
-                f"{kind} {space} was inferred from the largest value: one that was never logged is missing, and a model for "
-                f"the real space is refused. Read the data with {kind}=...",
+                f"{kind} {space} was inferred from the largest value: one that was never logged is missing in models "
+                f"made from these data. Read the data with {kind}=...",
             )
     space = dataset.action_space
     if "action_space" not in dataset.inferred_spaces or not isinstance(space, spaces.Box):
@@ -158,7 +158,7 @@ def inferred_spaces(dataset: "OfflineDataset") -> Iterator[Finding]:
         yield Finding(
             "inferred-action-space",
             f"actions are not normalised, and their bounds {describe_space(space)} were inferred from the extremes of the "
-            f"data: the policy can never do more, and a model for the environment's own bounds is refused. {advice}",
+            f"data: the policy of a model made from these data (from_dataset) can never do more. {advice}",
         )
     elif largest < 0.5:
         yield Finding(

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-_WRITING = ".part"
+_WRITING, _ASIDE = ".part", ".old"
+_ours: set[str] = set()
+"""Names of what this process is writing: a killed one may have had its number, as every first process of a container has."""
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 """What systems say of a rename onto something; `ENOTDIR` of a folder onto a file."""
 
@@ -79,8 +81,8 @@ def whole_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iter
                     os.fsync(written.fileno())
         _sync_folder(temporary)
         place.parent.mkdir(parents=True, exist_ok=True)
-        # Not one of the names that `remove_leftovers` removes.
-        aside = temporary.with_suffix(".old") if replace and place.exists() else None
+        # Until the new one is there, this is the only one, and no leftover.
+        aside = temporary.with_suffix(_ASIDE) if replace and place.exists() else None
         if aside is not None:
             os.rename(place, aside)
         try:
@@ -106,6 +108,8 @@ def outermost_missing(path: Path) -> Path:
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove what writers on this machine that were killed left in a folder; what running processes write stays.
 
+    So does a folder that stepped aside for one that never took its place: it is the only one there is.
+
     Args:
         folder: Where files were written.
 
@@ -113,10 +117,12 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
         What was removed.
     """
     removed = []
-    ours = re.compile(rf"\..*\.{_machine()}-(\d+)-[0-9a-f]+{re.escape(_WRITING)}")
-    for path in Path(folder).glob(f".*{_WRITING}"):
-        found = ours.fullmatch(path.name)
-        if found and not _runs(int(found[1])):
+    names = re.compile(rf"\.(.*)\.{_machine()}-(\d+)-[0-9a-f]+({re.escape(_WRITING)}|{re.escape(_ASIDE)})")
+    for path in [path for ending in (_WRITING, _ASIDE) for path in Path(folder).glob(f".*{ending}")]:
+        found = names.fullmatch(path.name)
+        if not found or _is_written(path, int(found[2])):
+            continue
+        if found[3] == _WRITING or (path.parent / found[1]).exists():
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             removed.append(path)
     return removed
@@ -143,9 +149,11 @@ def _beside(place: Path) -> Iterator[Path]:
     """Name something beside a place, removed at the end whatever happens."""
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.parent / f".{place.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{_WRITING}"
+    _ours.add(temporary.stem)
     try:
         yield temporary
     finally:
+        _ours.discard(temporary.stem)
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
@@ -177,9 +185,10 @@ def _machine() -> str:
     return re.sub(r"[^A-Za-z0-9]", "", platform.node()) or "here"
 
 
-def _runs(process: int) -> bool:
+def _is_written(path: Path, process: int) -> bool:
+    """Whether a running process is at it."""
     if process == os.getpid():
-        return True
+        return path.stem in _ours
     try:
         os.kill(process, 0)
     except ProcessLookupError:

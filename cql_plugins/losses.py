@@ -180,6 +180,8 @@ def td_target(rewards: Tensor, dones: Tensor, discounts: Tensor | float, next_va
     _check_shape("rewards", rewards, (None, 1))
     _check_shape("dones", dones, tuple(rewards.shape))
     _check_shape("next_values", next_values, (rewards.shape[0], None))
+    if isinstance(discounts, Tensor) and discounts.dim():
+        _check_shape("discounts", discounts, tuple(rewards.shape))
     return rewards + (1 - dones) * discounts * next_values
 
 

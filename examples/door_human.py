@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="?", default="D4RL/door/human-v2", help="Minari id, or path of a D4RL HDF5 file")
     parser.add_argument("--download", action="store_true", help="fetch the Minari id where it is not on disk")
-    parser.add_argument("--gradient-steps", type=int, default=50_000, help="offline")
+    parser.add_argument("--gradient-steps", type=int, default=50_000, help="offline; 0 for none")
     parser.add_argument("--online-steps", type=int, default=20_000, help="environment steps; 0 for none")
     parser.add_argument("--eval-every", type=int, default=5_000, help="steps between two evaluations")
     parser.add_argument("--eval-episodes", type=int, default=10)
@@ -112,9 +112,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
 
     scores = {}
-    offline = evaluation("offline", arguments.gradient_steps)
+    # Without any offline steps the online phase has the dataset all the same.
+    offline = evaluation("offline", arguments.gradient_steps) if arguments.gradient_steps else None
     model.learn_offline(dataset, arguments.gradient_steps, callback=offline, progress_bar=not arguments.no_progress)
-    scores["offline"] = d4rl_scores(offline)
+    if offline:
+        scores["offline"] = d4rl_scores(offline)
     if arguments.online_steps:
         online = evaluation("online", arguments.online_steps)
         model.learn(arguments.online_steps, callback=online, progress_bar=not arguments.no_progress)

@@ -333,12 +333,14 @@ class TestWarnings:
             found = warned(write(kind, rows))
             assert list(found) == ["inferred-action-space"]
             assert words in found["inferred-action-space"]
+            assert "is refused" not in found["inferred-action-space"], "models with the environment's own bounds take such data"
 
     def test_numbers_of_choices_that_were_inferred(self, rows: Rows, write: Write) -> None:
         rows["actions"] = np.arange(52) % 4
         found = warned(write("npz", rows))
         assert list(found) == ["inferred-action-space"]
         assert "Discrete(4) was inferred from the largest value" in found["inferred-action-space"]
+        assert "is refused" not in found["inferred-action-space"]
 
     def test_observations_that_never_change(self, rows: Rows, write: Write) -> None:
         rows["observations"][:, 1] = rows["next_observations"][:, 1] = 0.25

@@ -267,8 +267,8 @@ def test_door_human_refuses_absent_data(argument: str, said: str, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("source", ["minari", "hdf5"])
-def test_door_human(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("source", "steps"), [("minari", 2), ("hdf5", 2), ("minari", 0)])
+def test_door_human(source: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("minari", "h5py", "gymnasium_robotics"):
         pytest.importorskip(module)
     dataset, path = {
@@ -284,7 +284,7 @@ def test_door_human(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     arguments = [
         "--gradient-steps",
-        "2",
+        str(steps),
         "--online-steps",
         "2",
         "--eval-episodes",
@@ -299,8 +299,9 @@ def test_door_human(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         result: dict[str, Any] = example.main([dataset, *arguments])
 
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"door.zip", "door_vecnormalize.pkl", "door.json", "door_offline", "door_online"}
-    assert {phase: list(curve) for phase, curve in result["scores"].items()} == {"offline": [2], "online": [2]}
+    phases = {"offline": [2], "online": [2]} if steps else {"online": [2]}
+    assert written == {"door.zip", "door_vecnormalize.pkl", "door.json", *(f"door_{phase}" for phase in phases)}
+    assert {phase: list(curve) for phase, curve in result["scores"].items()} == phases
     assert all(-5.0 < score < 110.0 for curve in result["scores"].values() for score in curve.values())
     # The statistics are the dataset's, and were not lost on the way to the file.
     model = example.CalQL.load(tmp_path / "door.zip", device="cpu")

@@ -138,6 +138,30 @@ def test_a_folder_that_another_process_made_meanwhile_stays(tmp_path: Path) -> N
     assert (place / "theirs").read_bytes() == (tmp_path / "a file").read_bytes() == b"theirs"
 
 
+def test_leftovers_with_our_own_number_go_and_what_we_write_stays(tmp_path: Path) -> None:
+    """A container's first process has the same number in each of its lives."""
+    with whole_file(tmp_path / "new.bin") as file:
+        (writing,) = tmp_path.iterdir()
+        dead = writing.with_name(writing.name.replace("new.bin", "checkpoint.zip"))
+        dead.write_bytes(b"half")
+        assert remove_leftovers(tmp_path) == [dead]
+        file.write(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["new.bin"]
+    writing.write_bytes(b"half")
+    assert remove_leftovers(tmp_path) == [writing], "it is not being written any more"
+
+
+def test_a_folder_that_stepped_aside_goes_once_another_is_in_its_place(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "data") as folder:
+        aside = tmp_path / folder.with_suffix(".old").name
+    (tmp_path / "data").rename(aside)
+    assert remove_leftovers(tmp_path) == [], "the only one there is"
+    assert aside.is_dir()
+    (tmp_path / "data").mkdir()
+    assert remove_leftovers(tmp_path) == [aside]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 _WRITER = """
 import sys
 from cql_plugins._files import whole_file

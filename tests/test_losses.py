@@ -322,6 +322,12 @@ class TestTargetAndLosses:
     def test_td_target_refuses_broadcasts(self) -> None:
         with pytest.raises(ValueError, match="next_values"):
             losses.td_target(th.zeros(3, 1), th.zeros(3, 1), 0.9, th.zeros(3))
+        with pytest.raises(ValueError, match="discounts"):
+            losses.td_target(th.zeros(3, 1), th.zeros(3, 1), th.full((3,), 0.9), th.zeros(3, 1))
+        for number in (0.9, th.tensor(0.9)):
+            assert (
+                losses.td_target(th.zeros(3, 1), th.zeros(3, 1), number, th.ones(3, 1)).tolist() == [[pytest.approx(0.9)]] * 3
+            )
 
     def test_max_backup_takes_the_minimum_over_critics_first(self) -> None:
         q = th.tensor([[[1.0, 9.0, 4.0]], [[8.0, 2.0, 3.0]]])
