@@ -264,8 +264,9 @@ def _read(folder: Path, run: Run) -> None:
             "CSV files of d3rlpy's FileAdapterFactory; found neither."
         )
     files = [file for file in files if not file.stem.endswith("_grad")]  # The size of gradients, which is not drawn.
-    # Only d3rlpy's online loop logs episodes that it collects.
-    online = any(file.stem in ("rollout_return", "evaluation") for file in files)
+    # Only d3rlpy's online loop steps through an environment, and logs episodes that end there. Its evaluations tell nothing: an
+    # evaluator of `fit` may have their name.
+    online = any(file.stem in ("rollout_return", "time_environment_step") for file in files)
     for file in files:
         for line, row in enumerate(csv.reader(_whole_lines(file)), start=1):
             if len(row) != 3:

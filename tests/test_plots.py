@@ -85,6 +85,7 @@ def test_d3rlpy(tmp_path: Path) -> None:
         ("offline", "environment", "1,100,-9.0\n"),
         ("online", "q_data", "1,50,4.5\n"),
         ("online", "evaluation", "1,50,-8.0\n"),
+        ("online", "time_environment_step", "1,50,0.001\n"),  # no episode has ended yet: there is no rollout_return
     ]:
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / f"{name}.csv").write_text(text, encoding="utf-8")
@@ -94,6 +95,14 @@ def test_d3rlpy(tmp_path: Path) -> None:
         "Q, in units of the reward": [([100.0, 200.0], [2.5, 3.5]), ([250.0], [4.5])],
     }
     assert switches(figure) == {200.0}
+
+
+@pytest.mark.parametrize(("also", "unit"), [([], "gradient steps"), (["rollout_return"], "environment steps")])
+def test_an_evaluator_called_evaluation(also: list[str], unit: str, tmp_path: Path) -> None:
+    """d3rlpy's `fit_online` calls its own that; in a `fit` it is a name that the user chose."""
+    for name in ("evaluation", "q_data", *also):
+        (tmp_path / f"{name}.csv").write_text("1,100,2.5\n", encoding="utf-8")
+    assert {axis.get_xlabel() for axis in plot_run(tmp_path).axes} == {unit}
 
 
 @pytest.mark.parametrize("counts_on", [True, False])
