@@ -116,11 +116,17 @@ class Run:
             starts = [(known[name][0][0], new[name][0][0]) for name in known.keys() & new.keys()]
             begins_anew = bool(starts) and min(start for _, start in starts) <= min(start for start, _ in starts)
             offset = self.end(phase) if begins_anew else 0.0
+            if starts and not begins_anew:
+                # One cut for all curves: one that the new part has not logged yet was thrown away from there on, too. Parts
+                # without a curve in common are files of one run, neither of which takes the place of the other.
+                cut = min(min(steps) for steps, _ in new.values())
+                for name, column in list(known.items()):
+                    kept = [point for point in zip(*column, strict=True) if point[0] < cut]
+                    known[name] = [step for step, _ in kept], [value for _, value in kept]
+                    if not kept:
+                        del known[name]
             for name, (steps, values) in new.items():
                 before = known.setdefault(name, ([], []))
-                while before[0] and before[0][-1] >= steps[0] + offset:
-                    for column in before:
-                        column.pop()
                 before[0].extend(step + offset for step in steps)
                 before[1].extend(values)
 

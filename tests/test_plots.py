@@ -144,6 +144,29 @@ def test_folders_of_a_run_that_was_killed(tmp_path: Path) -> None:
     assert curve == ([1000.0, 2000.0, 2500.0, 3500.0, 4500.0], [1000.5, 2000.5, 2500.6, 3500.6, 4500.6])
 
 
+def test_curves_that_a_run_which_goes_on_has_not_logged_yet(tmp_path: Path) -> None:
+    """Its checkpoint is where all of them end: an evaluation of the part that was thrown away is no longer the run's."""
+    for folder, name, steps in [
+        ("first", "q_data", (1000, 2000, 3000, 4000)),
+        ("first", "environment", (2000, 4000)),
+        ("first", "q_gap", (4000,)),
+        ("second", "q_data", (2500, 3500)),
+        ("third", "q_data", (4500,)),
+        ("third", "q_gap", (4500,)),
+    ]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        text = "".join(f"1,{step},{step}.5\n" for step in steps)
+        (tmp_path / folder / f"{name}.csv").write_text(text, encoding="utf-8")
+    figure = plot_run(tmp_path / "first", tmp_path / "second")
+    assert curves(figure) == {
+        "return of an episode": [([2000.0], [2000.5])],
+        "Q, in units of the reward": [([1000.0, 2000.0, 2500.0, 3500.0], [1000.5, 2000.5, 2500.5, 3500.5])],
+    }
+    assert curves(plot_run(tmp_path / "first"))["return of an episode"] == [([2000.0, 4000.0], [2000.5, 4000.5])]
+    more = plot_run(*(tmp_path / folder for folder in ("first", "second", "third")))
+    assert curves(more)["Q of the data's actions minus uniform ones'"][0] == ([4500.0], [4500.5])
+
+
 def test_folders_with_different_curves_of_one_run(tmp_path: Path) -> None:
     for name in ("q_data", "q_policy"):
         (tmp_path / name).mkdir()
