@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -283,12 +284,8 @@ def _read(folder: Path, run: Run) -> None:
 
 def _read_progress(progress: Path, run: Run) -> None:
     rows = list(csv.DictReader(_whole_lines(progress)))
-    # Offline lines count gradient steps. Logs of older versions have evaluations among them with SB3's own clock alone, which
-    # shows the same.
-    offline = [number for number, row in enumerate(rows) if row.get("time/gradient_steps")]
     part, last = Run(), dict.fromkeys(PHASES, -math.inf)
-    for number, row in enumerate(rows):
-        phase: Phase = "offline" if offline and number <= offline[-1] else "online"
+    for phase, row in zip(_phases(rows), rows, strict=True):
         clocks = [row.get("time/gradient_steps") if phase == "offline" else None, row.get("time/total_timesteps")]
         step = next((found for clock in clocks if (found := _number(clock)) is not None), None)
         if step is None:
@@ -301,6 +298,29 @@ def _read_progress(progress: Path, run: Run) -> None:
             if name and not name.startswith("time/"):
                 part.add(phase, name, step, value)
     run.append(part)
+
+
+def _phases(rows: Sequence[Mapping[str, str | None]]) -> list[Phase]:
+    """Find the phase of each line: offline ones count gradient steps.
+
+    Logs of older versions have evaluations among them with SB3's own clock alone, which shows the same. They are told from
+    those of an online phase between two offline ones by what stands between the same two lines: evaluations and nothing else,
+    in gradient steps that these two allow.
+    """
+    steps = {number: _number(count) or 0.0 for number, row in enumerate(rows) if (count := row.get("time/gradient_steps"))}
+    phases: list[Phase] = ["offline" if number in steps else "online" for number in range(len(rows))]
+    for before, after in itertools.pairwise([-1, *steps]):
+        between = rows[before + 1 : after]
+        clocks = [_number(row.get("time/total_timesteps")) or 0.0 for row in between if _is_evaluation(row)]
+        if len(clocks) == len(between) and all(steps.get(before, 0.0) <= clock <= steps[after] for clock in clocks):
+            phases[before + 1 : after] = ["offline"] * len(between)
+    return phases
+
+
+def _is_evaluation(row: Mapping[str, str | None]) -> bool:
+    """Whether a line has the results of an evaluation, SB3's clock, and nothing else."""
+    names = {name for name, value in row.items() if name and value} - {"time/total_timesteps"}
+    return bool(names) and all(name.startswith("eval/") for name in names)
 
 
 def _whole_lines(file: Path) -> list[str]:

@@ -191,6 +191,50 @@ def test_an_evaluation_after_the_last_offline_line(tmp_path: Path) -> None:
     assert not switches(figure)
 
 
+BACK = ["30,,2.0,3.0,3.0,,", "40,40,,,,-1.5,"]
+
+
+def test_offline_online_and_offline_again(tmp_path: Path) -> None:
+    """What has SB3's own clock alone is online; the second offline phase goes on from the steps of the first."""
+    run = write(tmp_path / "run", *OFFLINE, *ONLINE, *BACK)
+    figure = plot_run(run)
+    found = curves(figure)
+    assert found["Q, in units of the reward"][:2] == [([10.0, 20.0, 30.0], [1.0, 1.5, 2.0]), ([48.0], [1.75])]
+    assert found["return of an episode"] == [([15.0, 40.0], [-3.0, -1.5]), ([56.0], [-1.0]), ([48.0], [-2.5])]
+    assert switches(figure) == {40.0}
+    parts = [tmp_path / name for name in ("first", "second", "third")]
+    for part, rows in zip(parts, (OFFLINE, ONLINE, BACK), strict=True):
+        write(part, *rows)
+    assert str(curves(plot_run(*parts))) == str(found), "three loggers, one run; as text, since NaN is not NaN"
+
+
+def test_online_before_offline(tmp_path: Path) -> None:
+    figure = plot_run(write(tmp_path / "run", ",15,,,,-3.0,", ",16,1.75,,,,-2.5", *OFFLINE))
+    found = curves(figure)["return of an episode"]
+    assert found == [([15.0], [-3.0]), ([35.0], [-3.0]), ([36.0], [-2.5])]
+
+
+@pytest.mark.parametrize(
+    ("rows", "phase"),
+    [
+        ([",15,,,,-3.0,"], "offline"),
+        ([",10,,,,-3.0,", ",20,,,,-2.0,"], "offline"),
+        ([",5,,,,-3.0,"], "online"),  # an environment's clock: it does not lie between the lines
+        ([",25,,,,-3.0,"], "online"),
+        ([",15,1.5,,,-3.0,"], "online"),  # offline, metrics have lines of their own
+        ([",15,,,,-3.0,-2.0"], "online"),
+        ([",15,,,,-3.0,", ",16,,,,,-2.0"], "online"),
+        ([",16,,,,,-2.0", ",17,,,,-3.0,"], "online"),
+    ],
+)
+def test_evaluations_with_the_hosts_clock_alone(rows: list[str], phase: str, tmp_path: Path) -> None:
+    """Older versions wrote those of the offline phase so, too; other lines and other clocks tell them from online ones."""
+    figure = plot_run(write(tmp_path / "run", "10,,1.0,2.0,5.0,,", *rows, "20,,1.5,2.5,4.0,,"))
+    assert {axis.get_xlabel() for axis in figure.axes} == {
+        "gradient steps" if phase == "offline" else "gradient steps, then environment steps"
+    }
+
+
 @pytest.mark.parametrize("end", ["40,,1.2", "40,,1.25,2.25,3.0,,\n50,", "40,,1.25,2.25,3.0,,\n50,,-", "40,,1.25,2.25,3.0,,\n5"])
 def test_a_log_of_a_run_that_was_killed(tmp_path: Path, end: str) -> None:
     """Its last line may be half written, which a number cut short does not show."""
