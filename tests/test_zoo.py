@@ -256,6 +256,25 @@ def test_ctrl_c_keeps_what_was_learnt_offline(log: str, monkeypatch: pytest.Monk
     assert (model._n_offline_steps, model.num_timesteps, model._n_updates) == (3, 0, 3)
 
 
+@pytest.mark.parametrize(("given", "offline", "online"), [("-2", 0, None), ("-1", 1000, "none given"), ("7", 7, 7)])
+def test_log_interval(given: str, offline: int, online: Any, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    learn_offline, learn = CQL.learn_offline, CQL.learn
+
+    def watched_offline(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["log_interval"])
+        return learn_offline(self, *args, **kwargs)
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("log_interval", "none given"))
+        return learn(self, *args, **kwargs)
+
+    monkeypatch.setattr(CQL, "learn_offline", watched_offline)
+    monkeypatch.setattr(CQL, "learn", watched)
+    train(monkeypatch, "--dataset", log, "--offline-steps", "2", "-n", "2", "--eval-freq", "-1", "--log-interval", given)
+    assert seen == [offline, online]
+
+
 def yaml_entries(algo: str) -> dict[str, dict[str, Any]]:
     return yaml.safe_load((HYPERPARAMS / f"{algo}.yml").read_text())
 

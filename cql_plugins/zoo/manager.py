@@ -88,7 +88,8 @@ class OfflineExperimentManager(ExperimentManager):
         """
         if self.dataset is not None:
             assert isinstance(model, OfflineMixin)
-            interval = self.log_interval if self.log_interval > 0 else 1000
+            # The Zoo's -1 is the algorithm's default, and what is below it none.
+            interval = self.log_interval if self.log_interval > 0 else 1000 if self.log_interval > -2 else 0
             try:
                 model.learn_offline(self.dataset, self.offline_steps, self.callbacks or None, log_interval=interval)
             except KeyboardInterrupt:  # As the Zoo has it: the model is saved as it is.
