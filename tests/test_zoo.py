@@ -19,13 +19,20 @@ pytest.importorskip("rl_zoo3")
 import rl_zoo3
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
 from cql_plugins import sb3
 from cql_plugins.sb3 import CQL, CalQL
 from cql_plugins.sb3.presets import PRESETS
 from cql_plugins.zoo import ALGOS, register
-from cql_plugins.zoo.manager import HYPERPARAMS, OfflineExperimentManager, _scaled_like, _Trial, read_dataset
+from cql_plugins.zoo.manager import (
+    HYPERPARAMS,
+    OfflineExperimentManager,
+    _count_from_switch,
+    _scaled_like,
+    _Trial,
+    read_dataset,
+)
 from tests import hub
 
 pytestmark = pytest.mark.filterwarnings(
@@ -119,7 +126,7 @@ def test_evaluations_of_a_run_that_goes_on(
 
 def test_offline_alone_and_enjoy_and_plot(log: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     folder = train(monkeypatch, "--dataset", log, "--offline-steps", "40", "-n", "0")
-    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [20, 40]
+    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [-20, 0], "no online evaluation writes the file again"
     assert CQL.load(folder / "Pendulum-v1.zip").num_timesteps == 0
     capsys.readouterr()
     run(monkeypatch, "enjoy", "--algo", "cql", "--env", "Pendulum-v1", "-f", "logs", "--no-render", "-n", "200", "--seed", "2")
@@ -241,19 +248,68 @@ def test_a_pruned_trial_ends_with_its_offline_phase(monkeypatch: pytest.MonkeyPa
         assert model.phases == phases
 
 
-def test_ctrl_c_keeps_what_was_learnt_offline(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("call", "evaluations"), [(4, None), (24, [-3])])
+def test_ctrl_c_keeps_what_was_learnt_offline(
+    call: int, evaluations: list[int] | None, log: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step, done = CQL.train, []
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> None:
         done.append(1)
-        if len(done) == 4:
+        if len(done) == call:
             raise KeyboardInterrupt
         step(self, *args, **kwargs)
 
     monkeypatch.setattr(CQL, "train", interrupted)
     folder = train(monkeypatch, "--dataset", log, "--offline-steps", "40", "-n", "60")
     model = CQL.load(folder / "Pendulum-v1.zip")
-    assert (model._n_offline_steps, model.num_timesteps, model._n_updates) == (3, 0, 3)
+    assert (model._n_offline_steps, model.num_timesteps, model._n_updates) == (call - 1, 0, call - 1)
+    assert (folder / "evaluations.npz").exists() == (evaluations is not None)
+    if evaluations is not None:
+        assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == evaluations
+
+
+def test_evaluations_are_counted_anew_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Evaluation(EvalCallback):
+        def __init__(self, log_path: str | None) -> None:
+            self.log_path, self.evaluations_timesteps = log_path, [20, 40]
+
+    file = tmp_path / "evaluations.npz"
+    written = {"timesteps": [20, 40], "results": [[1.5], [2.5]], "ep_lengths": [[3], [4]], "successes": [[True], [False]]}
+    np.savez(file, **written)  # type: ignore[arg-type]
+
+    def is_there(steps: list[int]) -> bool:
+        found = np.load(file)
+        return {name: found[name].tolist() for name in found.files} == written | {"timesteps": steps}
+
+    savez = np.savez
+
+    def fails(place: Any, **columns: Any) -> None:
+        place.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", fails)
+    with pytest.raises(OSError, match="No space left on device"):
+        _count_from_switch(Evaluation(str(tmp_path / "evaluations")), 40)
+    assert is_there([20, 40])
+    assert list(tmp_path.glob("*eval*")) == [file]
+    monkeypatch.setattr(np, "savez", savez)
+    _count_from_switch(Evaluation(str(tmp_path / "evaluations")), 40)
+    assert is_there([-20, 0])
+    interrupted = Evaluation(str(tmp_path / "evaluations"))
+    interrupted.evaluations_timesteps.append(60)
+    _count_from_switch(interrupted, 63)
+    assert is_there([-43, -23])
+    whole = file.read_bytes()
+    for part in (None, b"", whole[:2], whole[:99]):  # The model has to be saved all the same.
+        file.unlink() if part is None else file.write_bytes(part)
+        _count_from_switch(Evaluation(str(tmp_path / "evaluations")), 40)
+        assert (file.read_bytes() if file.exists() else None) == part
+    file.write_bytes(whole)
+    alone = Evaluation(None)
+    _count_from_switch(alone, 41)
+    assert alone.evaluations_timesteps == [-21, -1]
+    assert is_there([-43, -23])
 
 
 @pytest.mark.parametrize(("given", "offline", "online"), [("-2", 0, None), ("-1", 1000, "none given"), ("7", 7, 7)])

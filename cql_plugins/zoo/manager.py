@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
+import numpy as np
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 
+from cql_plugins._files import whole_file
 from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari, from_npz
 from cql_plugins.adapters._sources import Kind, locate
 from cql_plugins.sb3.offline import OfflineMixin
@@ -40,8 +43,9 @@ class OfflineExperimentManager(ExperimentManager):
 
     ``dataset`` (see :func:`read_dataset`) is learned from for ``offline_steps`` gradient steps before ``n_timesteps``
     environment steps, 0 for none, and stays part of each batch as ``offline_fraction`` says. A ``cql_plugins.sb3.ScaleReward``
-    among the YAML file's ``env_wrapper`` scales the dataset's rewards, too. Evaluations of the offline phase have negative time
-    steps in ``evaluations.npz``: gradient steps before the switch.
+    among the YAML file's ``env_wrapper`` scales the dataset's rewards, too. From the end of the offline phase on its
+    evaluations have negative time steps in ``evaluations.npz``, gradient steps before the switch at 0, whether an online phase
+    follows or not.
     """
 
     from_command_line: ClassVar[dict[str, Any]] = {}
@@ -94,11 +98,11 @@ class OfflineExperimentManager(ExperimentManager):
                 model.learn_offline(self.dataset, self.offline_steps, self.callbacks or None, log_interval=interval)
             except KeyboardInterrupt:  # As the Zoo has it: the model is saved as it is.
                 return
-            # A model that went on counted from where it was, and a callback may have ended the phase early.
-            switch = model._n_offline_steps
-            for callback in self.callbacks:
-                if isinstance(callback, EvalCallback) and self.n_timesteps:
-                    callback.evaluations_timesteps = [step - switch for step in callback.evaluations_timesteps]
+            finally:
+                # A model that went on counted from where it was, and a callback may have ended the phase early.
+                for callback in self.callbacks:
+                    if isinstance(callback, EvalCallback):
+                        _count_from_switch(callback, model._n_offline_steps)
         super().learn(model)
 
     def hyperparameters_optimization(self) -> None:
@@ -131,6 +135,23 @@ class _Trial:
         if not any(getattr(one, "is_pruned", False) for one in listener):
             learner.learn(total_timesteps - self.trial_offline_steps, callback=callback, **kwargs)
         return self
+
+
+def _count_from_switch(callback: EvalCallback, switch: int) -> None:
+    """Count the evaluations so far from the end of the offline phase, in their file, too: no other may follow to write it."""
+    if not callback.evaluations_timesteps:
+        return
+    callback.evaluations_timesteps = [step - switch for step in callback.evaluations_timesteps]
+    if callback.log_path is not None:
+        path = f"{callback.log_path}.npz"
+        try:
+            with np.load(path) as written:
+                columns = dict(written)
+        except (FileNotFoundError, EOFError, ValueError, BadZipFile):  # SB3 was interrupted while it wrote the file.
+            return
+        columns["timesteps"] = np.array(callback.evaluations_timesteps[: len(columns["timesteps"])])
+        with whole_file(path) as file:
+            np.savez(file, **columns)
 
 
 def _scaled_like(env_wrapper: Any, dataset: OfflineDataset) -> OfflineDataset:
