@@ -18,6 +18,7 @@ pytest.importorskip("rl_zoo3")
 
 import rl_zoo3
 import yaml
+from huggingface_sb3 import EnvironmentName
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
@@ -25,6 +26,7 @@ from cql_plugins import sb3
 from cql_plugins.sb3 import CQL, CalQL
 from cql_plugins.sb3.presets import PRESETS
 from cql_plugins.zoo import ALGOS, register
+from cql_plugins.zoo._checkpoints import get_model_path
 from cql_plugins.zoo.manager import (
     HYPERPARAMS,
     OfflineExperimentManager,
@@ -46,6 +48,7 @@ def _untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(OfflineExperimentManager, "from_command_line", {})
     monkeypatch.setattr(rl_zoo3.exp_manager, "ExperimentManager", rl_zoo3.exp_manager.ExperimentManager)
+    monkeypatch.setattr(rl_zoo3.utils, "get_model_path", rl_zoo3.utils.get_model_path)
     for table in (rl_zoo3.ALGOS, HYPERPARAMS_SAMPLER, HYPERPARAMS_CONVERTER):
         for name in ALGOS:
             monkeypatch.setitem(table, name, None)
@@ -310,6 +313,60 @@ def test_evaluations_are_counted_anew_whole_or_not_at_all(tmp_path: Path, monkey
     _count_from_switch(alone, 41)
     assert alone.evaluations_timesteps == [-21, -1]
     assert is_there([-43, -23])
+
+
+CALLBACKS = """callback:[
+    {'stable_baselines3.common.callbacks.CheckpointCallback':
+        {'save_freq': 20, 'save_path': 'own', 'save_replay_buffer': True, 'save_vecnormalize': True}},
+    {'rl_zoo3.callbacks.SaveVecNormalizeCallback': {'save_freq': 20, 'save_path': 'own', 'name_prefix': 'scales'}},
+    {'rl_zoo3.callbacks.SaveVecNormalizeCallback': {'save_freq': 20, 'save_path': 'own'}},
+]"""
+
+
+def test_checkpoints_of_both_phases(log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None overwrites another."""
+    folder = train(
+        monkeypatch, "--dataset", log, "--offline-steps", "40", "-n", "40", "--save-freq", "20",
+        "-params", "batch_size:8", "learning_starts:5", "buffer_size:200",
+        "normalize:'dict(norm_obs=True, norm_reward=False)'", CALLBACKS,
+    )  # fmt: skip
+    saved = {path.name: CQL.load(path) for path in folder.glob("rl_model*")}
+    assert {name: model._n_offline_steps for name, model in saved.items()} == {
+        "rl_model_offline_20_steps.zip": 20,
+        "rl_model_offline_40_steps.zip": 40,
+        "rl_model_20_steps.zip": 40,
+        "rl_model_40_steps.zip": 40,
+    }
+    offline, online = ["offline_20", "offline_40"], ["20", "40"]
+    expected = {"vecnormalize.pkl", *(f"scales_{steps}_steps.pkl" for steps in offline + online)}
+    expected |= {f"rl_model_{steps}_steps.zip" for steps in offline + online}
+    for kind in ("replay_buffer_", "vecnormalize_"):
+        expected |= {f"rl_model_{steps.replace('offline_', f'offline_{kind}')}_steps.pkl" for steps in offline}
+        expected |= {f"rl_model_{kind}{steps}_steps.pkl" for steps in online}
+    assert {path.name for path in Path("own").iterdir()} == expected
+
+
+def test_checkpoints_are_found(log: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The online one where both phases have that number, and for the last; the offline one where there is no other."""
+    steps = ["--offline-steps", "40", "-n", "20", "--save-freq", "20", "--eval-freq", "-1"]
+    both = train(monkeypatch, "--dataset", log, *steps)
+    steps[3] = "0"
+    offline = train(monkeypatch, "--dataset", log, *steps, algo="calql")
+    enjoy = ["enjoy", "--env", "Pendulum-v1", "-f", "logs", "--no-render", "-n", "2"]
+    for folder, which, found in [
+        (both, ["--load-checkpoint", "20"], "rl_model_20_steps"),
+        (both, ["--load-checkpoint", "40"], "rl_model_offline_40_steps"),
+        (both, ["--load-last-checkpoint"], "rl_model_20_steps"),
+        (offline, ["--load-checkpoint", "20"], "rl_model_offline_20_steps"),
+        (offline, ["--load-last-checkpoint"], "rl_model_offline_40_steps"),
+    ]:
+        capsys.readouterr()
+        run(monkeypatch, *enjoy, "--algo", folder.parent.name, *which)
+        assert f"Loading {folder / found}.zip" in capsys.readouterr().out
+    Path("logs", "none", "Pendulum-v1_1").mkdir(parents=True)
+    for algo, *asked in [("cql", False, 60, False), ("cql", True, 40, False), ("none", False, None, True)]:
+        with pytest.raises(ValueError, match=r"No (model|checkpoint) found for .*, path: (?!.*offline)"):
+            get_model_path(1, "logs", algo, EnvironmentName("Pendulum-v1"), *asked)
 
 
 @pytest.mark.parametrize(("given", "offline", "online"), [("-2", 0, None), ("-1", 1000, "none given"), ("7", 7, 7)])

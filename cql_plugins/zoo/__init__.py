@@ -7,11 +7,13 @@ from typing import Any
 try:
     import rl_zoo3
     import rl_zoo3.exp_manager
+    import rl_zoo3.utils
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, convert_offpolicy_params
 except ImportError as error:
     raise ImportError(f'RL Zoo is needed here: {error}. Install it with: pip install "cql-plugins[zoo]"') from error
 
 from cql_plugins import sb3
+from cql_plugins.zoo._checkpoints import get_model_path
 from cql_plugins.zoo.manager import OfflineExperimentManager
 
 ALGOS = {
@@ -34,6 +36,7 @@ def register() -> None:
         HYPERPARAMS_SAMPLER[name] = sample_params
         HYPERPARAMS_CONVERTER[name] = convert_offpolicy_params
     setattr(rl_zoo3.exp_manager, "ExperimentManager", OfflineExperimentManager)  # noqa: B010 (mypy: a class is no variable)
+    rl_zoo3.utils.get_model_path = get_model_path
 
 
 def sample_params(trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:

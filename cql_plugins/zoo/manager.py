@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from zipfile import BadZipFile
 
 import numpy as np
 from rl_zoo3 import ALGOS
+from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback, EvalCallback
 
 from cql_plugins._files import whole_file
 from cql_plugins.adapters import OfflineDataset, from_d4rl, from_minari, from_npz
 from cql_plugins.adapters._sources import Kind, locate
 from cql_plugins.sb3.offline import OfflineMixin
 from cql_plugins.sb3.wrappers import ScaleReward
+from cql_plugins.zoo._checkpoints import OFFLINE
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 
@@ -45,7 +49,7 @@ class OfflineExperimentManager(ExperimentManager):
     environment steps, 0 for none, and stays part of each batch as ``offline_fraction`` says. A ``cql_plugins.sb3.ScaleReward``
     among the YAML file's ``env_wrapper`` scales the dataset's rewards, too. From the end of the offline phase on its
     evaluations have negative time steps in ``evaluations.npz``, gradient steps before the switch at 0, whether an online phase
-    follows or not.
+    follows or not. Its checkpoints are ``rl_model_offline_N_steps.zip``.
     """
 
     from_command_line: ClassVar[dict[str, Any]] = {}
@@ -95,7 +99,8 @@ class OfflineExperimentManager(ExperimentManager):
             # The Zoo's -1 is the algorithm's default, and what is below it none.
             interval = self.log_interval if self.log_interval > 0 else 1000 if self.log_interval > -2 else 0
             try:
-                model.learn_offline(self.dataset, self.offline_steps, self.callbacks or None, log_interval=interval)
+                with _set(_offline_names(self.callbacks)):
+                    model.learn_offline(self.dataset, self.offline_steps, self.callbacks or None, log_interval=interval)
             except KeyboardInterrupt:  # As the Zoo has it: the model is saved as it is.
                 return
             finally:
@@ -135,6 +140,26 @@ class _Trial:
         if not any(getattr(one, "is_pruned", False) for one in listener):
             learner.learn(total_timesteps - self.trial_offline_steps, callback=callback, **kwargs)
         return self
+
+
+def _offline_names(callbacks: Iterable[BaseCallback]) -> Iterator[tuple[BaseCallback, str, str]]:
+    """Name files that are numbered by steps: the online phase counts them anew, and would overwrite these."""
+    for callback in callbacks:
+        if isinstance(callback, CheckpointCallback | SaveVecNormalizeCallback) and callback.name_prefix is not None:
+            yield callback, "name_prefix", f"{callback.name_prefix}_{OFFLINE}"
+
+
+@contextlib.contextmanager
+def _set(settings: Iterable[tuple[BaseCallback, str, Any]]) -> Iterator[None]:
+    """Give callbacks other settings for a while."""
+    before = [(callback, name, getattr(callback, name), value) for callback, name, value in settings]
+    for callback, name, _, value in before:
+        setattr(callback, name, value)
+    try:
+        yield
+    finally:
+        for callback, name, value, _ in before:
+            setattr(callback, name, value)
 
 
 def _count_from_switch(callback: EvalCallback, switch: int) -> None:
