@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 from rl_zoo3 import ALGOS
-from rl_zoo3.callbacks import SaveVecNormalizeCallback
+from rl_zoo3.callbacks import SaveVecNormalizeCallback, TrialEvalCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback, EvalCallback
@@ -49,7 +49,8 @@ class OfflineExperimentManager(ExperimentManager):
     environment steps, 0 for none, and stays part of each batch as ``offline_fraction`` says. A ``cql_plugins.sb3.ScaleReward``
     among the YAML file's ``env_wrapper`` scales the dataset's rewards, too. From the end of the offline phase on its
     evaluations have negative time steps in ``evaluations.npz``, gradient steps before the switch at 0, whether an online phase
-    follows or not. Its checkpoints are ``rl_model_offline_N_steps.zip``.
+    follows or not. Its checkpoints are ``rl_model_offline_N_steps.zip``. ``eval_freq`` and ``save_freq`` count gradient steps
+    there.
     """
 
     from_command_line: ClassVar[dict[str, Any]] = {}
@@ -58,6 +59,7 @@ class OfflineExperimentManager(ExperimentManager):
     def __init__(self, args: Any, algo: str, *rest: Any, **kwargs: Any) -> None:
         self.dataset: OfflineDataset | None = None
         self.offline_steps = 0
+        self._offline_settings: list[tuple[BaseCallback, str, Any]] = []
         super().__init__(args, algo, *rest, **kwargs)
         own = HYPERPARAMS / f"{algo}.yml"
         if not kwargs.get("config") and own.is_file():
@@ -88,6 +90,19 @@ class OfflineExperimentManager(ExperimentManager):
             self.n_timesteps = 0
         return prepared
 
+    def create_callbacks(self) -> None:
+        """Create the Zoo's callbacks, and note how often they are wanted offline.
+
+        The Zoo divides that by the number of environments, for a call is a step of all of them. Offline it is a gradient step.
+        """
+        save_freq, eval_freq, users_own = self.save_freq, self.eval_freq, len(self.callbacks)
+        super().create_callbacks()  # type: ignore[no-untyped-call]
+        for callback in self.callbacks[users_own:]:
+            if isinstance(callback, CheckpointCallback):
+                self._offline_settings.append((callback, "save_freq", save_freq))
+            elif isinstance(callback, EvalCallback):
+                self._offline_settings.append((callback, "eval_freq", eval_freq))
+
     def learn(self, model: BaseAlgorithm) -> None:
         """Learn from the dataset, then from the environment.
 
@@ -98,8 +113,9 @@ class OfflineExperimentManager(ExperimentManager):
             assert isinstance(model, OfflineMixin)
             # The Zoo's -1 is the algorithm's default, and what is below it none.
             interval = self.log_interval if self.log_interval > 0 else 1000 if self.log_interval > -2 else 0
+            settings = [*self._offline_settings, *_offline_names(self.callbacks)]
             try:
-                with _set(_offline_names(self.callbacks)):
+                with _set(settings):
                     model.learn_offline(self.dataset, self.offline_steps, self.callbacks or None, log_interval=interval)
             except KeyboardInterrupt:  # As the Zoo has it: the model is saved as it is.
                 return
@@ -132,11 +148,15 @@ class _Trial:
 
     trial_dataset: OfflineDataset
     trial_offline_steps: int
+    n_envs: int
 
     def learn(self, total_timesteps: int, callback: Any = None, **kwargs: Any) -> Any:
         learner: Any = super()
         listener: list[BaseCallback] = callback if isinstance(callback, list) else [callback]
-        learner.learn_offline(self.trial_dataset, self.trial_offline_steps, callback=CallbackList(listener), log_interval=0)
+        # As for the manager's; here the Zoo has divided already.
+        often = [(one, "eval_freq", one.eval_freq * self.n_envs) for one in listener if isinstance(one, TrialEvalCallback)]
+        with _set(often):
+            learner.learn_offline(self.trial_dataset, self.trial_offline_steps, callback=CallbackList(listener), log_interval=0)
         if not any(getattr(one, "is_pruned", False) for one in listener):
             learner.learn(total_timesteps - self.trial_offline_steps, callback=callback, **kwargs)
         return self
