@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import errno
+import itertools
+import json
 import os
 import random
 import resource
 import signal
 import subprocess
 import sys
+import types
 import warnings
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -333,6 +339,237 @@ def test_another_mujoco_model_is_named() -> None:
     before = other.qpos.copy()
     assert restore_state(other, state, arrays) == [".state"]
     np.testing.assert_array_equal(other.qpos, before)
+
+
+class Phase(enum.Enum):
+    REACH = 0
+    GRASP = 1
+
+
+class Level(enum.IntEnum):
+    LOW = 0
+    HIGH = 1
+
+
+class Touch(enum.Flag):
+    NONE = 0
+    LEFT = 1
+    RIGHT = 2
+
+
+class Motion(NamedTuple):
+    x: float
+    v: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Pose:
+    angle: float
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.ticks = 0
+
+
+class Number(int):
+    pass
+
+
+class InSlots:
+    __slots__ = ("value",)
+
+
+_HOME = np.zeros(2)
+_REST = Pose(0.0)
+
+
+class Everything:
+    """State of each kind that Python programs keep it in."""
+
+    START = np.zeros(3)
+
+    def __init__(self) -> None:
+        self.phase, self.level, self.touch = Phase.REACH, Level.LOW, Touch.NONE
+        self.motion = Motion(0.0, np.zeros(2))
+        self.pair: tuple[Any, ...] = (0, np.random.RandomState, [0])
+        self.pose = _REST
+        self.tensor, self.half = th.zeros(2), th.zeros((), dtype=th.bfloat16)
+        self.visits: defaultdict[Any, int] = defaultdict(int)
+        self.counts: Counter[str] = Counter()
+        self.order = OrderedDict(a=1, b=2)
+        self.window, self.screen = deque([0.0], maxlen=3), {"shown": 0}
+        self.clock = Clock()
+        self.slots = InSlots()
+        self.slots.value = 0
+        self.phases = {Phase.REACH}
+        self.lists: Any = [[0], [1.0]]
+        self.late: Any = None
+        self.grids = [np.zeros(2), np.zeros(2)]
+        self.grid = self.grids[0]
+        self.all = np.zeros((3, 4))
+        self.row, self.columns = self.all[1], self.all[:, ::-2]
+        self.seen = th.from_numpy(self.all)
+        self.position, self.home = _HOME, self.START
+        self.first = self.second = np.zeros(2)
+        self.generator = self.others = np.random.RandomState(0)
+        self.draw = self.generator.normal  # A method: it holds the generator, and is not looked into.
+
+    def step(self) -> None:
+        self.phase, self.level, self.touch = Phase.GRASP, Level.HIGH, Touch.LEFT | Touch.RIGHT
+        self.motion = Motion(self.motion.x + 1, self.motion.v + 1)
+        self.pair = (self.pair[0] + 1, np.random.RandomState, [*self.pair[2], 1])
+        self.pose = Pose(self.pose.angle + 1)
+        self.tensor += 1
+        self.half = self.half + 0.5
+        self.visits[3, "x"] += 1
+        self.counts["a"] += 2
+        self.order.move_to_end("a")
+        self.window.append(self.window[-1] + 1)
+        self.screen["shown"] += 1
+        self.clock.ticks += 1
+        self.slots.value += 1
+        self.phases.add(Phase.GRASP)
+        self.lists[0].append(self.lists[1])
+        self.late = [np.ones(2), Phase.GRASP, th.ones(1), {"x": deque([1])}]
+        self.grid += 5
+        self.all[1, 1] += 1
+        self.position = self.position + 1  # From here on an array of its own.
+        self.home = self.home + 1
+        self.second = self.first + 1
+        self.drawn = self.draw()
+
+    def told(self) -> dict[str, str]:
+        state = {
+            key: value for key, value in vars(self).items() if key not in ("draw", "slots", "clock", "generator", "others")
+        }
+        state["phases"] = sorted(phase.name for phase in self.phases)
+        return {key: repr(value) for key, value in state.items()} | {"slots": self.slots.value, "clock": str(self.clock.ticks)}
+
+
+def test_state_of_each_kind_comes_back_as_what_it_was() -> None:
+    one, other, twin = Everything(), Everything(), Everything()
+    one.step()
+    one.step()
+    arrays: dict[str, Any] = {}
+    state, problems = capture_state(one, arrays)
+    assert problems == []
+    assert restore_state(other, json.loads(json.dumps(state)), arrays) == []
+    for _ in range(2):
+        assert other.told() == one.told()
+        assert all(one.told()[key] != value for key, value in twin.told().items() if key not in ("first", "lists"))
+        one.step()
+        other.step()
+    assert other.lists[0][-1] is other.lists[1]
+    assert (other.window.maxlen, type(other.visits), type(other.order)) == (3, defaultdict, OrderedDict)
+    assert not _HOME.any()
+    assert not Everything.START.any()
+    assert Pose(0.0) == _REST
+
+
+def test_arrays_that_share_memory_share_it_again() -> None:
+    def strided() -> Any:
+        found = types.SimpleNamespace(all=np.zeros((3, 4)))
+        found.row = found.all[1]
+        found.tensor = th.from_numpy(found.row)
+        return found
+
+    one = strided()
+    one.all[:] = np.arange(12).reshape(3, 4)
+    arrays: dict[str, Any] = {}
+    state, problems = capture_state(one, arrays)
+    assert problems == []
+    apart = types.SimpleNamespace(all=np.zeros((3, 4)), row=np.zeros(4), tensor=th.zeros(4, dtype=th.float64))
+    together, absent = strided(), types.SimpleNamespace()
+    held = together.all
+    for other in (together, apart, absent):
+        assert restore_state(other, state, arrays) == []
+        np.testing.assert_array_equal(other.all, one.all)
+        other.all[1, 2] = 50.0
+        assert other.row.tolist() == other.tensor.tolist() == [4.0, 5.0, 50.0, 7.0]
+    assert together.all is held, "whoever else holds it sees it, too"
+    # The twin: what does not share memory in the run does not share it afterwards.
+    state, _ = capture_state(types.SimpleNamespace(first=np.zeros(2), second=np.ones(2)), arrays := {})
+    other = types.SimpleNamespace(first=held[0, :2])
+    other.second = other.first
+    assert restore_state(other, state, arrays) == []
+    assert (other.first.tolist(), other.second.tolist()) == ([0.0, 0.0], [1.0, 1.0])
+
+
+def test_what_has_no_place_or_cannot_be_read_is_named_by_where_it_is() -> None:
+    unreadable = {
+        "number": Number(3),
+        "masked": np.ma.masked_array([1.0], [True]),
+        "sparse": th.zeros(2).to_sparse(),
+        "keys": {InSlots(): 1},
+        "objects": np.array([None, 1]),
+        "count": itertools.count(),
+    }
+    state, problems = capture_state(types.SimpleNamespace(**unreadable, viewer=itertools.count()), {})
+    assert [problem.split(" (")[0] for problem in problems] == list(unreadable)
+    assert restore_state(types.SimpleNamespace(**unreadable), state, {}) == []
+    state, problems = capture_state(types.SimpleNamespace(a=[Clock(), Clock()], b=defaultdict(int), viewer=Clock()), {})
+    assert problems == []
+    wrong = {"a": [Clock()], "b": None, "viewer": None}
+    assert restore_state(types.SimpleNamespace(**wrong), state, {}) == ["b (NoneType)", "a[1] (nothing)"]
+    wrong = {"a": [Clock(), Clock(), Clock()], "b": defaultdict(int), "viewer": None}
+    assert restore_state(types.SimpleNamespace(**wrong), state, {}) == ["a (list)"]
+    shared = Clock()
+    assert restore_state(types.SimpleNamespace(a=[shared, shared], b=defaultdict(int)), state, {}) == ["a[1] (Clock)"]
+
+
+class Part:
+    def __init__(self, x: float, behind: Part | None) -> None:
+        self.x, self.behind = x, behind
+
+
+class Snake(gym.Env[Any, Any]):
+    """An environment whose state is a chain of objects that grows with every step."""
+
+    observation_space = gym.spaces.Box(-10, 10, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.head = Part(0.0, None)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.head = Part(float(action[0]), self.head)
+        return np.asarray(action, np.float32), 0.0, False, False, {}
+
+
+def test_a_long_chain_of_objects_is_no_obstacle(tmp_path: Path) -> None:
+    def chain(x: float) -> Any:
+        head = None
+        for index in range(3 * sys.getrecursionlimit()):
+            head = Part(x * index, head)
+        nested: Any = ()
+        for _ in range(3 * sys.getrecursionlimit()):
+            nested = (nested, [x])
+        return types.SimpleNamespace(head=head, nested=nested)
+
+    def flat(found: Any) -> list[Any]:
+        parts, here, nested = [], found.head, found.nested
+        while here is not None:
+            parts.append(here.x)
+            here = here.behind
+        while nested:
+            nested, x = nested
+            parts.append(x)
+        return parts
+
+    one, other = chain(1.0), chain(2.0)
+    arrays: dict[str, Any] = {}
+    state, problems = capture_state(one, arrays)
+    assert problems == []
+    assert flat(other) != flat(one)
+    assert restore_state(other, json.loads(json.dumps(state)), arrays) == []
+    assert flat(other) == flat(one)
+    run = Checkpoints(tmp_path, save_freq=100)
+    steps = sys.getrecursionlimit() // 2
+    run.learn(build(CQL, Snake(), learning_starts=10_000, buffer_size=2_000), steps)
+    assert (tmp_path / f"checkpoint_{steps // 100:06d}_online_{steps}.zip").exists()
 
 
 def test_environments_in_other_processes_go_on_with_their_wrapper(tmp_path: Path) -> None:
