@@ -30,7 +30,7 @@ import torch as th
 from numpy.typing import NDArray
 
 from cql_plugins._checkpoints import Arrays, decode, encode
-from cql_plugins._mujoco_state import misfits_of_data, read_data, set_data
+from cql_plugins._mujoco_state import misfits_of_data, misfits_of_model, read_data, read_model, set_data, set_model
 
 _STATIC = (
     type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial,
@@ -114,7 +114,7 @@ class _Reader:
         return {"root": reference, "objects": self._records}
 
     def _refer(self, value: Any, way: _Way, shown: bool) -> Any:
-        if isinstance(value, _STATIC) or _is_called(value, "mujoco", "MjModel") or (shown and _shows(value)):
+        if isinstance(value, _STATIC) or (shown and _shows(value)):
             return None
         if isinstance(value, enum.Enum):
             return {"enum": [*_class_of(value), value.value if isinstance(value, enum.Flag) else value.name]}
@@ -143,6 +143,8 @@ class _Reader:
             return {"generator": encode(value, self._arrays, name)}
         if _is_called(value, "mujoco", "MjData"):
             return {"mujoco": encode(read_data(value), self._arrays, name)}
+        if _is_called(value, "mujoco", "MjModel"):
+            return {"mujoco_model": encode(read_model(value), self._arrays, name)}
         if isinstance(value, _CONTAINERS):
             return self._read_container(number, value, way, shown)
         if _is_remote(value):
@@ -286,6 +288,8 @@ class _Writer:
             return _is_generator_of(decode(record["generator"], self._arrays), current)
         if "mujoco" in record:
             return _is_called(current, "mujoco", "MjData")
+        if "mujoco_model" in record:
+            return _is_called(current, "mujoco", "MjModel")
         if type(current).__qualname__ != record["class"][1]:
             return False
         if "kind" not in record:
@@ -303,6 +307,9 @@ class _Writer:
         if "mujoco" in record:
             saved = decode(record["mujoco"], self._arrays)
             self.problems += [f"{_told(way, '')}.{name}" for name in misfits_of_data(current, saved)]
+        if "mujoco_model" in record:
+            sizes, changed = misfits_of_model(current, decode(record["mujoco_model"], self._arrays))
+            self.problems += [f"{_told(way, '')}.{name}" for name in sizes + changed]
         if "kind" in record:
             self._look_into_container(number, record, current, way)
         if "attributes" in record:
@@ -349,12 +356,14 @@ class _Writer:
             for key, reference in record.get("attributes", {}).items():
                 if reference is not None and (value := self._value(reference, own.get(key, _NOTHING))) is not _NOTHING:
                     _set_attribute(current, key, value)
-        for number, current in self._places.items():  # A simulation computes with what else was set.
-            record = self._records[number]
-            if "mujoco" in record:
-                set_data(current, decode(record["mujoco"], self._arrays))
-            elif "remote" in record:
-                self._write_remote(record, current, self._ways[number])
+        # A simulation computes with what else was set, and with its model before all.
+        for kind, set_it in (("mujoco_model", set_model), ("mujoco", set_data)):
+            for number, current in self._places.items():
+                if kind in self._records[number]:
+                    set_it(current, decode(self._records[number][kind], self._arrays))
+        for number, current in self._places.items():
+            if "remote" in self._records[number]:
+                self._write_remote(self._records[number], current, self._ways[number])
 
     def _value(self, reference: Any, fallback: Any) -> Any:
         if reference is None:

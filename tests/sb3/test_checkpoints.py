@@ -341,6 +341,70 @@ def test_another_mujoco_model_is_named() -> None:
     np.testing.assert_array_equal(other.qpos, before)
 
 
+class Randomised(gym.Wrapper[Any, Any, Any, Any]):
+    """Other masses, friction, gravity and time steps in each episode."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        found = super().reset(seed=seed, options=options)
+        model, draw = self.unwrapped.model, self.unwrapped.np_random.uniform  # type: ignore[attr-defined]
+        model.body_mass[:] *= draw(0.9, 1.1, model.body_mass.shape)
+        model.geom_friction[:, 0] = draw(0.5, 1.5)
+        model.opt.gravity[2] = draw(-12, -8)
+        model.opt.timestep = draw(0.008, 0.012)
+        return found
+
+
+@pytest.mark.parametrize("name", ["HalfCheetah-v5", "Door", "Hammer", "Pen", "Relocate"])
+def test_what_an_environment_changed_in_its_mujoco_model_goes_on(name: str) -> None:
+    pytest.importorskip("mujoco")
+
+    def make(seed: int) -> Any:
+        env = Randomised(gym.make(name)) if name == "HalfCheetah-v5" else gym.make(f"AdroitHand{name}-v1")
+        env.reset(seed=seed)
+        return env
+
+    if name != "HalfCheetah-v5":
+        gym.register_envs(pytest.importorskip("gymnasium_robotics"))
+    one, other, twin = make(3), make(4), make(5)
+    actions = np.random.default_rng(0).uniform(-1, 1, (20, *one.action_space.shape))
+    for action in actions[:7]:
+        one.step(action)
+    arrays: dict[str, Any] = {}
+    state, problems = capture_state(one, arrays)
+    assert problems == []
+    assert restore_state(other, json.loads(json.dumps(state)), arrays) == []
+    # The twin: all of the state but the model.
+    (number,) = (index for index, record in enumerate(state["objects"]) if "mujoco_model" in record)
+    state["objects"][number] = {}
+    assert restore_state(twin, state, arrays) == []
+    differs = False
+    for action in actions[7:]:
+        mine, theirs, third = (env.step(action) for env in (one, other, twin))
+        np.testing.assert_array_equal(mine[0], theirs[0])
+        assert mine[1:4] == theirs[1:4]
+        differs |= not np.array_equal(mine[0], third[0])
+    assert differs
+    np.testing.assert_array_equal(one.reset()[0], other.reset()[0])
+
+
+def test_a_mujoco_model_keeps_checkpoints_small_and_a_texture_that_changed_is_named() -> None:
+    pytest.importorskip("mujoco")
+    cheetah, fresh, ant = (gym.make(name).unwrapped.model for name in ("HalfCheetah-v5", "HalfCheetah-v5", "Ant-v5"))  # type: ignore[attr-defined]
+    (texture,) = {"tex_rgb", "tex_data"} & set(dir(cheetah))
+    cheetah.body_mass[1] = 5.0
+    for change, expected in ((0, []), (1, [f".{texture}"])):
+        getattr(cheetah, texture)[7] += change
+        arrays: dict[str, Any] = {}
+        state, problems = capture_state(cheetah, arrays)
+        assert problems == []
+        assert sum(array.nbytes for array in arrays.values()) < 50_000 < getattr(cheetah, texture).nbytes
+        assert restore_state(fresh, state, arrays) == expected
+        assert fresh.body_mass[1] == 5.0
+    before = ant.body_mass.copy()
+    assert ".body_mass" in restore_state(ant, state, arrays)
+    np.testing.assert_array_equal(ant.body_mass, before)
+
+
 class Phase(enum.Enum):
     REACH = 0
     GRASP = 1
