@@ -528,7 +528,8 @@ def _is_environment(value: Any) -> bool:
 
 def _is_remote(value: Any) -> bool:
     """Whether it is a vectorised environment whose parts live in other processes."""
-    return hasattr(value, "env_method") and hasattr(value, "remotes")
+    # By its own attributes: a wrapper shows those of what it wraps as if it had them.
+    return hasattr(value, "env_method") and "remotes" in getattr(value, "__dict__", {})
 
 
 def _shows(value: Any) -> bool:

@@ -660,6 +660,28 @@ def test_environments_in_other_processes_go_on_with_their_wrapper(tmp_path: Path
         start("bare", wrapper=None)
 
 
+def test_a_wrapper_around_environments_in_other_processes_is_read_here() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # Python 3.12 on
+        make = {"vec_env_cls": SubprocVecEnv, "wrapper_class": ResumableEnv, "vec_env_kwargs": {"start_method": "fork"}}
+        one, other = (VecNormalize(make_vec_env("Pendulum-v1", 1, **make)) for _ in range(2))  # type: ignore[arg-type]
+    try:
+        one.reset()
+        for _ in range(5):
+            one.step(np.ones((1, 1)))
+        arrays: dict[str, Any] = {}
+        state, problems = capture_state(one, arrays)
+        assert problems == []
+        assert not np.array_equal(one.obs_rms.mean, other.obs_rms.mean)  # type: ignore[union-attr]
+        assert restore_state(other, json.loads(json.dumps(state)), arrays) == []
+        np.testing.assert_array_equal(one.obs_rms.mean, other.obs_rms.mean)  # type: ignore[union-attr]
+        for mine, theirs in zip(one.step(np.ones((1, 1)))[:3], other.step(np.ones((1, 1)))[:3], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    finally:
+        one.close()
+        other.close()
+
+
 class Hidden(gym.Wrapper[Any, Any, Any, Any]):
     """An environment with something that Python cannot look into."""
 
