@@ -215,10 +215,12 @@ class Archive:
         document: The JSON document.
         arrays: Arrays by name.
         tensors: What was given as tensors, on the CPU.
+        unplaced: What of its environments has no place in those that it is loaded into.
     """
 
     def __init__(self, path: Path, document: dict[str, Any], arrays: Arrays, tensors: Any) -> None:
         self.path, self.document, self.arrays, self.tensors = path, document, arrays, tensors
+        self.unplaced: list[str] = []
 
     def decoded(self, key: str) -> Any:
         """Decode a part of the document.

@@ -74,6 +74,22 @@ def capture_state(root: Any, arrays: Arrays, name: str = "environment") -> tuple
     return reader.read(root), reader.problems
 
 
+def misfits(root: Any, state: Any, arrays: Mapping[str, NDArray[Any]]) -> tuple[list[str], list[str]]:
+    """Look for what of a state has no place; nothing is changed.
+
+    Args:
+        root: An object built as the one was that the state comes from.
+        state: The state.
+        arrays: The archive's arrays.
+
+    Returns:
+        What has no place in ``root`` since it is made of other environments, wrappers or simulations, whatever they do next;
+        and what has none as they are now, but may have after a reset.
+    """
+    writer = _Writer(root, state, arrays)
+    return writer.others, writer.unplaced
+
+
 def restore_state(root: Any, state: Any, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
     """Write a state back, in place.
 
@@ -87,7 +103,7 @@ def restore_state(root: Any, state: Any, arrays: Mapping[str, NDArray[Any]]) -> 
     """
     writer = _Writer(root, state, arrays)
     writer.write()
-    return writer.problems
+    return writer.others + writer.unplaced
 
 
 # Reading ----------------------------------------------------------------------------------------------------------------
@@ -150,7 +166,8 @@ class _Reader:
         if _is_remote(value):
             return self._read_remote(value, way, number)
         if (attributes := _attributes(value)) is not None and not _hides(value):
-            return {"class": _class_of(value), "attributes": self._refer_to_attributes(attributes, value, way, shown)}
+            record = {"class": _class_of(value), "attributes": self._refer_to_attributes(attributes, value, way, shown)}
+            return {**record, "environment": True} if _is_environment(value) else record
         self._report(value, way, shown)
         return {}
 
@@ -207,7 +224,7 @@ class _Reader:
             self._arrays.update({prefix + key: array for key, array in arrays.items()})
             states.append([state, {key: prefix + key for key in arrays}])
             self.problems += [f"{_told((way, f'[{index}]'))}.{problem}" for problem in problems]
-        return {"remote": states}
+        return {"remote": states, "environment": True}
 
     def _note_shared_memory(self) -> None:
         """Note where arrays lie in memory that they share, so that a view is a view of the same array again."""
@@ -227,7 +244,7 @@ class _Reader:
 
 
 class _Writer:
-    """First everything is looked at and gets its place, then it is written: ``problems`` are known before."""
+    """First everything is looked at and gets its place, then it is written: what has none is known before."""
 
     def __init__(self, root: Any, state: Any, arrays: Mapping[str, NDArray[Any]]) -> None:
         self._arrays = arrays
@@ -238,7 +255,8 @@ class _Writer:
         self._taken: dict[int, Any] = {}
         self._constants = _Constants()
         self._waiting: deque[tuple[int, Any, _Way]] = deque()
-        self.problems: list[str] = []
+        self.others: list[str] = []
+        self.unplaced: list[str] = []
         self._look(root, state["root"])
 
     # Looking -------------------------------------------------------------------------------------------------------------
@@ -274,12 +292,15 @@ class _Writer:
 
     def _report(self, record: dict[str, Any], current: Any, way: _Way) -> None:
         if not record.get("shown"):
-            self.problems.append(f"{_told(way)} ({'nothing' if current is _NOTHING else type(current).__name__})")
+            found = self.others if record.get("environment") else self.unplaced
+            found.append(f"{_told(way)} ({'nothing' if current is _NOTHING else type(current).__name__})")
 
     def _fits(self, record: dict[str, Any], current: Any) -> bool:
         """Whether a state can be written into an object that is there."""
         if not record or "remote" in record:
-            return not record or (_is_remote(current) and len(record["remote"]) == current.num_envs)
+            return not record or (
+                _is_remote(current) and len(record["remote"]) == current.num_envs and current.has_attr("restore_state")
+            )
         if current is _NOTHING or id(current) in self._taken:  # What were two objects stay two.
             return False
         if "array" in record:
@@ -303,13 +324,16 @@ class _Writer:
 
     def _look_into(self, number: int, record: dict[str, Any], current: Any, way: _Way) -> None:
         if "remote" in record:
-            return
+            for index, found in self._of_remote("misfits", record, current, way):
+                for problems, own in zip((self.others, self.unplaced), found, strict=True):
+                    problems += [f"{index}.{problem}" for problem in own]
         if "mujoco" in record:
             saved = decode(record["mujoco"], self._arrays)
-            self.problems += [f"{_told(way, '')}.{name}" for name in misfits_of_data(current, saved)]
+            self.others += [f"{_told(way, '')}.{name}" for name in misfits_of_data(current, saved)]
         if "mujoco_model" in record:
             sizes, changed = misfits_of_model(current, decode(record["mujoco_model"], self._arrays))
-            self.problems += [f"{_told(way, '')}.{name}" for name in sizes + changed]
+            self.others += [f"{_told(way, '')}.{name}" for name in sizes]
+            self.unplaced += [f"{_told(way, '')}.{name}" for name in changed]
         if "kind" in record:
             self._look_into_container(number, record, current, way)
         if "attributes" in record:
@@ -363,7 +387,14 @@ class _Writer:
                     set_it(current, decode(self._records[number][kind], self._arrays))
         for number, current in self._places.items():
             if "remote" in self._records[number]:
-                self._write_remote(self._records[number], current, self._ways[number])
+                list(self._of_remote("restore_state", self._records[number], current, self._ways[number]))
+
+    def _of_remote(self, method: str, record: dict[str, Any], current: Any, way: _Way) -> Iterator[tuple[str, Any]]:
+        """Have each environment in another process do it."""
+        for index, (own, names) in enumerate(record["remote"]):
+            arrays = {key: self._arrays[name] for key, name in names.items()}
+            (found,) = current.env_method(method, own, arrays, indices=[index])
+            yield _told((way, f"[{index}]")), found
 
     def _value(self, reference: Any, fallback: Any) -> Any:
         if reference is None:
@@ -465,12 +496,6 @@ class _Writer:
             start - starts[0] == memory["offset"] - memories[0]["offset"] and list(current[number].strides) == memory["strides"]
             for number, memory, start in zip(group, memories, starts, strict=True)
         )
-
-    def _write_remote(self, record: dict[str, Any], current: Any, way: _Way) -> None:
-        for index, (own, names) in enumerate(record["remote"]):
-            arrays = {key: self._arrays[name] for key, name in names.items()}
-            (problems,) = current.env_method("restore_state", own, arrays, indices=[index])
-            self.problems += [f"{_told((way, f'[{index}]'))}.{problem}" for problem in problems]
 
 
 class _Constants:
@@ -748,4 +773,4 @@ def _overlapping(extents: Iterable[tuple[Any, int, int]]) -> Iterator[list[Any]]
         yield group
 
 
-__all__ = ["capture_state", "restore_state"]
+__all__ = ["capture_state", "misfits", "restore_state"]

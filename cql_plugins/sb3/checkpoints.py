@@ -28,11 +28,12 @@ from cql_plugins._checkpoints import (
     decode,
     encode,
     random_states,
+    random_states_kept,
     read_archive,
     set_random_states,
     write_archive,
 )
-from cql_plugins._env_state import capture_state, restore_state
+from cql_plugins._env_state import capture_state, misfits, restore_state
 from cql_plugins.sb3.buffers import ReturnsToGoMixin, with_returns_to_go
 from cql_plugins.sb3.offline import COUNTERS, OfflineData, OfflineMixin, options_of
 from cql_plugins.sb3.rearrange import column_arrays, refill
@@ -69,10 +70,11 @@ class Checkpoints(BaseCallback):
     parameters after N steps, a new start and M steps are those of N + M steps, to the last bit.
 
     Environments are read attribute by attribute, MuJoCo's included. One that hides its state (a physics engine in C, a server)
-    is reset on resuming, with a warning: its episode is broken off, and what follows is another run. Environments in other
-    processes must be wrapped in :class:`ResumableEnv`. Put this callback last in a list: what comes after it (an evaluation
-    that draws random numbers) is not in the checkpoint of that step. Under ``torchrun`` rank 0 writes, and random streams
-    start anew.
+    is reset on resuming, with a warning: its episode is broken off, and what follows is another run. So is one whose episodes
+    have more or fewer objects; one that merely makes its objects in ``reset`` is reset and then goes on where it was.
+    Environments in other processes must be wrapped in :class:`ResumableEnv`. Put this callback last in a list: what comes after
+    it (an evaluation that draws random numbers) is not in the checkpoint of that step. Under ``torchrun`` rank 0 writes, and
+    random streams start anew.
 
     Args:
         save_path: Folder of this one run.
@@ -121,8 +123,8 @@ class Checkpoints(BaseCallback):
             The model.
 
         Raises:
-            CheckpointError: If no checkpoint is whole, or it is another algorithm's or of networks of other shapes; the model
-                is as it was.
+            CheckpointError: If no checkpoint is whole, or it is another algorithm's or of networks of other shapes or other
+                environments; the model is as it was.
         """
         archive = self.files.newest()
         if archive is not None:
@@ -475,11 +477,13 @@ def load_checkpoint(model: Model, checkpoint: str | Path | Archive) -> Model:
         The model.
 
     Raises:
-        CheckpointError: If it is damaged, another algorithm's, or of networks of other shapes; the model is as it was.
+        CheckpointError: If it is damaged, another algorithm's, or of networks of other shapes or other environments; the model
+            is as it was.
     """
     archive = checkpoint if isinstance(checkpoint, Archive) else read_archive(checkpoint)
     _require_fit(model, archive)
     _require_buffer(model, archive)
+    _require_environments(model, archive)
     document = archive.document
     model.set_parameters(archive.tensors["parameters"], exact_match=True, device=model.device)
     with th.no_grad():
@@ -498,6 +502,8 @@ def load_checkpoint(model: Model, checkpoint: str | Path | Archive) -> Model:
             f"the run had {document['n_envs']} environment(s), the model has {model.n_envs}"
             if document["n_envs"] != model.n_envs
             else f"their state could not be read: {'; '.join(document['unseen'])}"
+            if document["unseen"]
+            else f"a part of their state has no place in the model's, also after a reset: {'; '.join(archive.unplaced)}"
         )
         warnings.warn(
             f"The environments start anew, so what follows is another run than without the stop: {reason}.", stacklevel=3
@@ -526,7 +532,7 @@ def _require_fit(model: OfflineMixin, archive: Archive) -> None:
 
 
 def _same_environments(model: OfflineMixin, archive: Archive) -> bool:
-    return archive.document["n_envs"] == model.n_envs and not archive.document["unseen"]
+    return archive.document["n_envs"] == model.n_envs and not archive.document["unseen"] and not archive.unplaced
 
 
 def _restore_run(model: OfflineMixin, archive: Archive) -> None:
@@ -544,17 +550,10 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
             # Values after truncated ends are estimated anew where they are of another discount.
             setattr(model, name, True if name == "_tails_are_due" and not keeps_returns else value)
     problems = []
-    if document["n_envs"] == model.n_envs:
-        if model.env is not None and document["environment"] is not None:
-            problems += restore_state(model.env, document["environment"], archive.arrays)
-        kind, noise = document["action_noise"]
-        if kind == type(model.action_noise).__name__:  # SB3 makes one for several environments of it when it starts to learn.
-            problems += restore_state(model.action_noise, noise, archive.arrays)
-    if problems:
-        raise CheckpointError(
-            f"{archive.path} has a state of environments that the model's cannot take: {'; '.join(problems)}. Build them as "
-            "the run's were, with the same wrappers."
-        )
+    for target, state in _states_to_set(model, archive):
+        problems += restore_state(target, state, archive.arrays)
+    if is_same and problems:
+        raise CheckpointError(_told_misfits(archive, problems))
     returns = archive.decoded("offline_returns")
     if returns is not None and keeps_returns and isinstance(model.offline_buffer, ReturnsToGoMixin):
         model.offline_buffer.returns_to_go[:] = returns.pop("returns_to_go")
@@ -574,6 +573,46 @@ def _restore_run(model: OfflineMixin, archive: Archive) -> None:
         set_random_states(states)
     else:
         model._random_states = states
+
+
+def _states_to_set(model: OfflineMixin, archive: Archive) -> Iterator[tuple[Any, Any]]:
+    """The model's environments and its action noise, each with what is to be written into it."""
+    document = archive.document
+    if "objects" not in document["action_noise"][1]:
+        raise CheckpointError(
+            f"{archive.path} was written before 0.1.0, with the state of environments in another form. Go on with the code "
+            "that wrote it, or start a run in another folder."
+        )
+    if document["n_envs"] == model.n_envs:
+        if model.env is not None and document["environment"] is not None:
+            yield model.env, document["environment"]
+        kind, noise = document["action_noise"]
+        if kind == type(model.action_noise).__name__:  # SB3 makes one for several environments of it when it starts to learn.
+            yield model.action_noise, noise
+
+
+def _require_environments(model: OfflineMixin, archive: Archive) -> None:
+    """Refuse other environments, before anything is written.
+
+    Those that have no place for a part of the state may make it when they reset; where they do not, they start anew.
+    """
+    archive.unplaced = []
+    for target, state in _states_to_set(model, archive):
+        others, unplaced = misfits(target, state, archive.arrays)
+        if unplaced and not others and target is model.env and not archive.document["unseen"]:
+            with random_states_kept():
+                model.env.reset()
+            others, unplaced = misfits(target, state, archive.arrays)
+        if others or (unplaced and target is not model.env):
+            raise CheckpointError(_told_misfits(archive, others + unplaced))
+        archive.unplaced += unplaced
+
+
+def _told_misfits(archive: Archive, problems: list[str]) -> str:
+    return (
+        f"{archive.path} has a state of environments that the model's cannot take: {'; '.join(problems)}. Build them as the "
+        "run's were, with the same wrappers."
+    )
 
 
 def _require_buffer(model: OfflineMixin, archive: Archive) -> None:

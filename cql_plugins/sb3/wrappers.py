@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from cql_plugins._env_state import capture_state, restore_state
+from cql_plugins._env_state import capture_state, misfits, restore_state
 from cql_plugins._nested import flatten_space, flatten_tree
 
 
@@ -107,6 +107,18 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         arrays: dict[str, Any] = {}
         state, problems = capture_state(self.env, arrays, "state")
         return state, arrays, problems
+
+    def misfits(self, state: Any, arrays: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Look for what of a state has no place; nothing is changed.
+
+        Args:
+            state: From :meth:`capture_state`.
+            arrays: From there, too.
+
+        Returns:
+            What has no place since this is another environment, and what may have after a reset.
+        """
+        return misfits(self.env, state, arrays)
 
     def restore_state(self, state: Any, arrays: dict[str, Any]) -> list[str]:
         """Set a state.

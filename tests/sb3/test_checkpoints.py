@@ -291,6 +291,23 @@ def test_a_checkpoint_from_before_noise_was_noted_goes_on(tmp_path: Path, monkey
     assert run.learn(model, 40).num_timesteps == 40
 
 
+def test_a_checkpoint_with_states_in_their_former_form_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = Checkpoints._contents
+
+    def older(self: Any, model: Any) -> Any:
+        document, arrays, tensors = contents(self, model)
+        former = {"environment": {"number": 0, "attributes": {}}, "action_noise": ["NoneType", {"plain": None}]}
+        return document | former, arrays, tensors
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_contents", older)
+        Checkpoints(tmp_path).learn(build(CQL, seed=1), 10)
+    model = build(CQL, seed=1)
+    with pytest.raises(CheckpointError, match=r"before 0\.1\.0.*start a run in another folder"):
+        Checkpoints(tmp_path).resume(model)
+    assert model.num_timesteps == 0
+
+
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Ant-v5", "Pendulum-v1", "CartPole-v1", "Acrobot-v1"])
 def test_environments_go_on_within_an_episode(env_id: str) -> None:
     if env_id in ("HalfCheetah-v5", "Ant-v5"):
@@ -704,6 +721,98 @@ def test_what_cannot_be_read_is_named_and_starts_anew(tmp_path: Path) -> None:
     assert resumed.num_timesteps == 40
     assert resumed.replay_buffer._cuts[:40].sum() == 1  # The episode that ran was broken off, and no return is known for it.
     assert np.isneginf(resumed.replay_buffer.returns_to_go[:20]).all()
+
+
+class Rocks(gym.Env[Any, Any]):
+    """An environment whose objects there are only after a reset: one, three, or as many as it draws."""
+
+    observation_space = gym.spaces.Box(-10, 10, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.rock: Part | None = None
+        self.rocks: list[Part] = []
+        self.x = 0.0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.x, self.steps = 0.0, 0
+        self.rock = Part(float(self.np_random.normal()), None)
+        count = {"one": 0, "three": 3}.get(self.kind) or int(self.np_random.integers(1_000))
+        self.rocks = [Part(float(x), None) for x in self.np_random.normal(size=0 if self.kind == "one" else count)]
+        return self._observe(), {}
+
+    def step(self, action: Any) -> Any:
+        self.x += float(action[0]) / 10
+        self.steps += 1
+        return self._observe(), self.x, False, self.steps == 20, {}
+
+    def _observe(self) -> Any:
+        assert self.rock is not None
+        return np.array([self.x, min(rock.x for rock in [self.rock, *self.rocks])], np.float32)
+
+
+@pytest.mark.parametrize("kind", ["one", "three"])
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
+def test_objects_that_an_environment_makes_when_it_resets_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, vec_env: Any
+) -> None:
+    def start(folder: str, callback: Any = None) -> Any:
+        stir()
+        run = Checkpoints(tmp_path / folder, save_freq=10)
+        kwargs = {"start_method": "fork"} if vec_env is SubprocVecEnv else {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # Python 3.12 on
+            inner = vec_env([lambda: ResumableEnv(Rocks(kind))] * 2, **kwargs)
+        env = VecNormalize(inner)
+        try:
+            return fingerprint(run.learn(run.resume(build(CQL, env, seed=1, learning_starts=5)), 60, callback=callback))
+        finally:
+            env.close()
+
+    expected = start("whole")
+    with pytest.raises(StopError):
+        start("cut", stopping_at(30))
+    assert different(start("cut"), expected) == set()
+    # The twin: as if a part of them could not be read.
+    monkeypatch.setattr("cql_plugins.sb3.checkpoints.capture_state", lambda *args: (capture_state(*args)[0], ["hidden"]))
+    with pytest.raises(StopError):
+        start("reset", stopping_at(30))
+    with pytest.warns(UserWarning, match="start anew"):
+        assert different(start("reset"), expected)
+
+
+def test_environments_that_have_other_objects_in_each_episode_start_anew(tmp_path: Path) -> None:
+    def model() -> Any:
+        return build(CalQL, VecNormalize(DummyVecEnv([lambda: Rocks("drawn")])), seed=1, learning_starts=5)
+
+    with pytest.raises(StopError):
+        Checkpoints(tmp_path, save_freq=10).learn(stopped := model(), 40, callback=stopping_at(31))
+    run = Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match=r"start anew.* no place .* after a reset: .*envs\[0\].*\.rocks"):
+        resumed = run.resume(model())
+    assert resumed.num_timesteps == 30 == resumed.replay_buffer.size()
+    assert round(resumed.env.obs_rms.count) == 31 == round(stopped.env.obs_rms.count) - 1, "statistics are not of an episode"
+    run.learn(resumed, 40)
+    assert resumed.num_timesteps == 40
+
+
+def test_other_environments_are_refused_and_the_model_stays_as_it_was(tmp_path: Path) -> None:
+    def model(env: Any, seed: int) -> Any:
+        return build(CQL, DummyVecEnv([lambda: env]), learning_starts=5, seed=seed)
+
+    Checkpoints(tmp_path).learn(model(gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), -1, 1), seed=1), 30)
+    other = gym.make("Pendulum-v1")
+    wrong = model(other, seed=2)
+    before = {name: value.clone() for name, value in wrong.policy.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"cannot take: envs\[0\] \(TimeLimit\)\. Build them .* with the same wrappers"):
+        Checkpoints(tmp_path).resume(wrong)
+    assert all(th.equal(value, before[name]) for name, value in wrong.policy.state_dict().items())
+    assert wrong.num_timesteps == wrong._n_updates == wrong.replay_buffer.size() == 0
+    assert not hasattr(other.unwrapped, "state"), "not even reset"
+    right = model(gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), -1, 1), seed=2)
+    assert Checkpoints(tmp_path).resume(right).num_timesteps == 30
 
 
 # Another number of environments -------------------------------------------------------------------------------------------
