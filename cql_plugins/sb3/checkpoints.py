@@ -16,6 +16,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from cql_plugins._checkpoints import (
@@ -589,6 +590,20 @@ def _states_to_set(model: OfflineMixin, archive: Archive) -> Iterator[tuple[Any,
         kind, noise = document["action_noise"]
         if kind == type(model.action_noise).__name__:  # SB3 makes one for several environments of it when it starts to learn.
             yield model.action_noise, noise
+    else:
+        yield from _statistics_to_set(model.env, document["environment"])
+
+
+def _statistics_to_set(env: Any, state: Any) -> Iterator[tuple[Any, Any]]:
+    """What the networks' inputs are normalised by: it is the policy's, however many environments there are."""
+    reference = None if state is None else state["root"]
+    while isinstance(env, VecEnvWrapper) and isinstance(reference, int):
+        attributes = state["objects"][reference].get("attributes", {})
+        if isinstance(env, VecNormalize):
+            for name in ("obs_rms", "ret_rms"):
+                if name in attributes and hasattr(env, name):
+                    yield getattr(env, name), {**state, "root": attributes[name]}
+        env, reference = env.venv, attributes.get("venv")
 
 
 def _require_environments(model: OfflineMixin, archive: Archive) -> None:

@@ -843,6 +843,26 @@ def test_a_run_goes_on_with_another_number_of_environments(tmp_path: Path, befor
     assert new.num_timesteps >= 100
 
 
+@pytest.mark.parametrize("form", ["vector", "goal"])
+def test_the_networks_inputs_are_normalised_as_before_with_another_number_of_environments(tmp_path: Path, form: str) -> None:
+    def model(n_envs: int) -> Any:
+        return build(CalQL, VecNormalize(corridors(n_envs, form=form)), form=form, seed=1)
+
+    run = Checkpoints(tmp_path, save_freq=1000)
+    old = run.learn(model(3), 60).get_vec_normalize_env()
+    fresh = model(2)
+    with pytest.warns(UserWarning, match="the run had 3 environment"):
+        new = Checkpoints(tmp_path).resume(fresh).get_vec_normalize_env()
+    assert new is fresh.get_vec_normalize_env()
+    for name in ("obs_rms", "ret_rms"):
+        one, other, untouched = (getattr(env, name) for env in (old, new, model(2).get_vec_normalize_env()))
+        for key in one if isinstance(one, dict) else [None]:
+            here, there, before = (value if key is None else value[key] for value in (one, other, untouched))
+            assert (here.mean.tolist(), here.var.tolist(), here.count) == (there.mean.tolist(), there.var.tolist(), there.count)
+            assert here.count != before.count
+    assert new.returns.shape == (2,)
+
+
 def transitions(buffer: Any, finished: bool = False) -> set[tuple[Any, ...]]:
     """What a buffer holds, each transition with its return-to-go, as a set."""
     found = set()
