@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import errno
@@ -16,7 +17,7 @@ import sys
 import types
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,6 +187,14 @@ def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
     again.learn_offline(model, collect(), 4)
     assert different(fingerprint(model), expected) == set()
     assert len(again.files.paths()) == 1
+
+
+@contextlib.contextmanager
+def forks_allowed() -> Iterator[None]:
+    """Python 3.12 and later warn of forks of a process with threads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        yield
 
 
 def pendulum(n_envs: int, **kwargs: Any) -> VecEnv:
@@ -657,8 +666,7 @@ def test_environments_in_other_processes_go_on_with_their_wrapper(tmp_path: Path
     def start(folder: str, callback: Any = None, wrapper: Any = ResumableEnv) -> Any:
         stir()
         run = Checkpoints(tmp_path / folder, save_freq=10)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # Python 3.12 on
+        with forks_allowed():
             env = make_vec_env(
                 "Pendulum-v1", 2, vec_env_cls=SubprocVecEnv, wrapper_class=wrapper, vec_env_kwargs={"start_method": "fork"}
             )
@@ -678,8 +686,7 @@ def test_environments_in_other_processes_go_on_with_their_wrapper(tmp_path: Path
 
 
 def test_a_wrapper_around_environments_in_other_processes_is_read_here() -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # Python 3.12 on
+    with forks_allowed():
         make = {"vec_env_cls": SubprocVecEnv, "wrapper_class": ResumableEnv, "vec_env_kwargs": {"start_method": "fork"}}
         one, other = (VecNormalize(make_vec_env("Pendulum-v1", 1, **make)) for _ in range(2))  # type: ignore[arg-type]
     try:
@@ -762,8 +769,7 @@ def test_objects_that_an_environment_makes_when_it_resets_go_on(
         stir()
         run = Checkpoints(tmp_path / folder, save_freq=10)
         kwargs = {"start_method": "fork"} if vec_env is SubprocVecEnv else {}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # Python 3.12 on
+        with forks_allowed():
             inner = vec_env([lambda: ResumableEnv(Rocks(kind))] * 2, **kwargs)
         env = VecNormalize(inner)
         try:
