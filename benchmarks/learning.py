@@ -105,7 +105,7 @@ GRIDS = {
         "halfcheetah-replay", ("cql", "cql:layer_norm=True", "cql:n_critics=4,n_target_critics=2"), n_seeds=3
     ),
     "halfcheetah-drawn": Grid("halfcheetah-replay", DRAWN, n_seeds=3),
-    "halfcheetah-medium-expert": Grid("halfcheetah-medium-expert", (*CONTINUOUS, "cql:cql_alpha=20.0"), n_seeds=3),
+    "halfcheetah-medium-expert": Grid("halfcheetah-medium-expert", CONTINUOUS, n_seeds=3),
     "door-human": Grid("door-human", (*CONTINUOUS, "cql:mode_q_backup=True", CLONED), n_seeds=3),
     "pen-expert": Grid("pen-expert", (*CONTINUOUS, CLONED), n_seeds=3),
 }

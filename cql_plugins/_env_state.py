@@ -12,7 +12,10 @@ cannot change, or ``None`` for what is no state (functions, classes).
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import decimal
 import enum
+import fractions
 import functools
 import io
 import logging
@@ -20,9 +23,11 @@ import random
 import re
 import sys
 import types
+import uuid
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -44,10 +49,17 @@ _MODULES_FOR_SHOW = {
     "OpenGL", "PIL", "cv2", "dm_control", "glfw", "gymnasium", "gymnasium_robotics", "imageio", "matplotlib", "moviepy",
     "mujoco", "pygame", "pyglet", "stable_baselines3", "tkinter",
 }  # fmt: skip
+_OF_VECTORISED = {"buf_infos", "class_attributes", "reset_infos"}
+"""Infos are of the step before, and made anew by the next; a wrapper lists what its class defines."""
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 _CONTAINERS = (list, tuple, deque, set, frozenset, dict)
 _MADE_ANEW: dict[str, Any] = {
     "list": list, "deque": deque, "set": set, "dict": dict, "OrderedDict": OrderedDict, "Counter": Counter,
+}  # fmt: skip
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools._lru_cache_wrapper)
+_CONSTANTS = {
+    range, slice, complex, datetime.date, datetime.datetime, datetime.time, datetime.timedelta, decimal.Decimal,
+    fractions.Fraction, uuid.UUID,
 }  # fmt: skip
 _PLAIN = (type(None), bool, int, float, str, bytes)
 _MOST_OBJECTS = 100_000
@@ -115,21 +127,35 @@ class _Reader:
         self._numbers: dict[int, int] = {}
         self._kept: list[Any] = []  # An id is an object's only while it lives.
         self._records: list[dict[str, Any]] = []
-        self._waiting: deque[tuple[int, _Way, bool]] = deque()
+        self._waiting: deque[tuple[int, _Way]] = deque()
+        self._shown: dict[int, _Way] = {}  # Read last: a viewer may lead to the simulation sooner than the environment does.
         self._memories: list[tuple[int, NDArray[Any]]] = []
         self.problems: list[str] = []
 
     def read(self, root: Any) -> dict[str, Any]:
         reference = self._refer(root, (None, ""), False)
-        while self._waiting:
-            number, way, shown = self._waiting.popleft()
-            self._records[number] = self._read(number, self._kept[number], way, shown)
+        while self._waiting or self._shown:
+            shown = not self._waiting
             if shown:
-                self._records[number]["shown"] = True
+                number = next(iter(self._shown))
+                way = self._shown.pop(number)
+            else:
+                number, way = self._waiting.popleft()
+            value = self._kept[number]
+            try:
+                record = self._read(number, value, way, shown)
+            except Exception:  # Whatever an object does when it is looked at: training goes on.
+                record = {}
+                self._report(value, way, shown)
+            self._records[number] = {**record, "shown": True} if shown else record
         self._note_shared_memory()
         return {"root": reference, "objects": self._records}
 
     def _refer(self, value: Any, way: _Way, shown: bool) -> Any:
+        if type(value) in weakref.ProxyTypes:  # Somebody else's object, which is read there.
+            return None
+        if not shown and (same := _identity(value)) is not None:
+            return {"same": same}
         if isinstance(value, _STATIC) or (shown and _shows(value)):
             return None
         if isinstance(value, enum.Enum):
@@ -142,11 +168,17 @@ class _Reader:
                 self.problems.append(f"{_told(way)}: more than {_MOST_OBJECTS:,} objects")
             if len(self._records) > _MOST_OBJECTS:
                 return None
-            self._numbers[id(value)] = len(self._records)
-            self._waiting.append((len(self._records), way, shown))
+            number = self._numbers[id(value)] = len(self._records)
             self._records.append({})
             self._kept.append(value)
-        return self._numbers[id(value)]
+            if shown:
+                self._shown[number] = way
+            else:
+                self._waiting.append((number, way))
+        number = self._numbers[id(value)]
+        if not shown and self._shown.pop(number, None) is not None:
+            self._waiting.append((number, way))
+        return number
 
     def _read(self, number: int, value: Any, way: _Way, shown: bool) -> dict[str, Any]:
         name = f"{self._name}/{number}"
@@ -186,7 +218,7 @@ class _Reader:
         if isinstance(value, deque):
             record["maxlen"] = value.maxlen
         keys: list[Any] = []
-        items = list(value)
+        items = _items_of(value)
         if isinstance(value, dict):
             keys, items = items, [dict.__getitem__(value, key) for key in items]
         hashed = items if isinstance(value, (set, frozenset)) else keys
@@ -197,7 +229,10 @@ class _Reader:
             return {}
         if keys:
             record["keys"] = [self._refer(key, way, shown) for key in keys]
-        if all(_is_flat(item) for item in items):  # Half the size of a list of references.
+        is_long = len(items) > 1000  # A history, say: what its entries share with others does not matter as much as its size.
+        if all(
+            _is_flat(item) or (is_long and _is_plain_tree(item)) for item in items
+        ):  # Half the size of a list of references.
             record["plain"] = encode(items, self._arrays, f"{self._name}/{number}")
         else:
             steps = keys or range(len(items))
@@ -209,8 +244,8 @@ class _Reader:
     def _refer_to_attributes(self, attributes: dict[str, Any], value: Any, way: _Way, shown: bool) -> dict[str, Any]:
         if _is_space(value):
             attributes = {key: item for key, item in attributes.items() if key in ("_np_random", "spaces")}
-        # A vectorised wrapper's own list of what its class defines.
-        attributes = {key: item for key, item in attributes.items() if key != "class_attributes" or not _is_environment(value)}
+        if _is_environment(value):
+            attributes = {key: item for key, item in attributes.items() if key not in _OF_VECTORISED}
         return {key: self._refer(item, (way, f".{key}"), shown or key in _FOR_SHOW) for key, item in attributes.items()}
 
     def _read_remote(self, value: Any, way: _Way, number: int) -> dict[str, Any]:
@@ -252,6 +287,7 @@ class _Writer:
         self._places: dict[int, Any] = {}  # Objects to write into; _NOTHING where one is to be made.
         self._ways: dict[int, _Way] = {}
         self._fallbacks: dict[int, list[Any]] = {}  # What stands now where the items of a container belong.
+        self._keys: dict[int, list[Any]] = {}
         self._taken: dict[int, Any] = {}
         self._constants = _Constants()
         self._waiting: deque[tuple[int, Any, _Way]] = deque()
@@ -285,6 +321,9 @@ class _Writer:
     def _visit(self, reference: Any, current: Any, way: _Way, must_be: bool = False) -> None:
         if isinstance(reference, int):
             self._waiting.append((reference, current, way))
+        elif reference is not None and "same" in reference:
+            if _identity(current) != reference["same"]:
+                self._report({}, current, way)
         elif (must_be and reference is None and current is _NOTHING) or (
             reference is not None and "enum" in reference and _member(reference["enum"], current) is None
         ):
@@ -292,17 +331,19 @@ class _Writer:
 
     def _report(self, record: dict[str, Any], current: Any, way: _Way) -> None:
         if not record.get("shown"):
-            found = self.others if record.get("environment") else self.unplaced
+            # One that is not there may be made when the one around it resets.
+            is_other = record.get("environment") and current is not _NOTHING and current is not None
+            found = self.others if is_other else self.unplaced
             found.append(f"{_told(way)} ({'nothing' if current is _NOTHING else type(current).__name__})")
 
     def _fits(self, record: dict[str, Any], current: Any) -> bool:
         """Whether a state can be written into an object that is there."""
-        if not record or "remote" in record:
-            return not record or (
-                _is_remote(current) and len(record["remote"]) == current.num_envs and current.has_attr("restore_state")
-            )
+        if "remote" in record:
+            return _is_remote(current) and len(record["remote"]) == current.num_envs and bool(current.has_attr("restore_state"))
         if current is _NOTHING or id(current) in self._taken:  # What were two objects stay two.
             return False
+        if not record.keys() - {"shown"}:  # It could not be read, which was said then: what is there stays.
+            return True
         if "array" in record:
             return _is_array_of(record, self._arrays[record["array"]], current)
         if "generator" in record:
@@ -319,6 +360,8 @@ class _Writer:
             _kind_of(current) == record["kind"]
             and record["kind"] not in ("tuple", "frozenset")
             and not self._constants.hold(current)
+            # Others may start from the same one (a module's, a default argument): anew where nothing in it has to stay.
+            and not ("plain" in record and _can_be_made(record, current) and not _has_members(record))
             and getattr(current, "maxlen", None) == record.get("maxlen")
         )
 
@@ -345,8 +388,10 @@ class _Writer:
     def _look_into_container(self, number: int, record: dict[str, Any], current: Any, way: _Way) -> None:
         references = record.get("items", ())
         if "keys" in record:
-            keys = [self._value(key, _NOTHING) for key in record["keys"]]
             own = dict(current) if isinstance(current, dict) else {}
+            keys = self._keys[number] = self._keys_of(record, own)
+            if any(key is _NOTHING for key in keys):
+                self._report(record, current, way)
             found, left = [own.pop(key, _NOTHING) for key in keys], list(own.values())
         else:
             keys = list(range(len(references)))
@@ -359,6 +404,14 @@ class _Writer:
             self._report(record, current, way)
         for key, reference, item in zip(keys, references, found, strict=False):
             self._visit(reference, item, (way, f"[{key!r}]"), must_be=True)
+
+    def _keys_of(self, record: dict[str, Any], own: dict[Any, Any]) -> list[Any]:
+        """The keys of a dict; members of enumerations that are known by name alone are those of the keys that stand there."""
+        members = {type(key).__qualname__: key for key in own if isinstance(key, enum.Enum)}
+        return [
+            self._value(key, members.get(key["enum"][1], _NOTHING) if "enum" in key else _NOTHING, or_none=True)
+            for key in record["keys"]
+        ]
 
     # Writing -------------------------------------------------------------------------------------------------------------
 
@@ -396,13 +449,15 @@ class _Writer:
             (found,) = current.env_method(method, own, arrays, indices=[index])
             yield _told((way, f"[{index}]")), found
 
-    def _value(self, reference: Any, fallback: Any) -> Any:
-        if reference is None:
+    def _value(self, reference: Any, fallback: Any, or_none: bool = False) -> Any:
+        if reference is None or "same" in (reference if isinstance(reference, dict) else ()):
             return fallback
         if isinstance(reference, int):
             return self._made.get(reference, fallback)
         if "enum" in reference:
-            return fallback if (member := _member(reference["enum"], fallback)) is None else member
+            if (member := _member(reference["enum"], fallback)) is not None:
+                return member
+            return _NOTHING if or_none else fallback
         return decode(reference["plain"], self._arrays)
 
     def _values(self, number: int, record: dict[str, Any]) -> list[Any]:
@@ -413,14 +468,15 @@ class _Writer:
 
     def _fill(self, number: int, record: dict[str, Any], current: Any) -> None:
         values = self._values(number, record)
-        if any(value is _NOTHING for value in values):  # It was reported.
+        keys = self._keys.get(number, [])
+        if any(value is _NOTHING for value in (*keys, *values)):  # It was reported.
             return
         # Not by the methods of a subclass, which may do more than store.
         if record["kind"] == "dict":
             kind: Any = OrderedDict if isinstance(current, OrderedDict) else dict
             kind.clear(current)
-            for key, value in zip(record.get("keys", ()), values, strict=True):
-                kind.__setitem__(current, self._value(key, _NOTHING), value)
+            for key, value in zip(keys, values, strict=True):
+                kind.__setitem__(current, key, value)
         elif record["kind"] == "list":
             list.__setitem__(current, slice(None), values)
         else:
@@ -445,15 +501,17 @@ class _Writer:
                 kind = _class_for(record, current)
                 if not any(value is _NOTHING for value in values):
                     base: Any = tuple if record["kind"] == "tuple" else frozenset
-                    self._made[number] = base.__new__(kind, values)
+                    # A struct sequence, such as time.localtime() gives, is made in its own way.
+                    self._made[number] = kind(values) if hasattr(kind, "n_sequence_fields") else base.__new__(kind, values)
             if len(later) == len(left):
                 break  # One within itself, by way of C: there is no making it.
             left = later
 
     def _write_arrays(self) -> None:
-        """Write into the arrays that are there, where they share memory as those did that were read; else make new ones.
+        """Make new arrays, which share memory as those did that were read: others may hold those that are there.
 
-        An array that the class or its module holds, too, is a constant to start from and must stay what it is.
+        Only what must stay the same is written into: a simulation's own memory, and what cannot be made here. An array that the
+        class or its module holds, too, is a constant to start from, and is left alone then as well.
         """
         numbers = [number for number in self._places if "array" in self._records[number]]
         groups: dict[Any, list[int]] = {}
@@ -466,10 +524,18 @@ class _Writer:
             number: set(cluster) for cluster in _overlapping([*extents, *self._constants.extents()]) for number in cluster
         }
         for group in groups.values():
-            in_place = all(
-                number in current and current[number].flags.writeable and shared.get(number, {number}) <= set(group)
+            must_stay = any(
+                number in current and (_is_foreign(current[number]) or not _can_be_made(self._records[number], None))
                 for number in group
-            ) and (len(group) == 1 or self._lie_alike(group, current))
+            )
+            in_place = (
+                must_stay
+                and all(
+                    number in current and current[number].flags.writeable and shared.get(number, {number}) <= set(group)
+                    for number in group
+                )
+                and (len(group) == 1 or self._lie_alike(group, current))
+            )
             buffer = np.empty(self._records[group[0]].get("memory", {}).get("size", 0), np.uint8)
             for number in group:
                 record = self._records[number]
@@ -527,11 +593,39 @@ class _Constants:
 # Kinds of values --------------------------------------------------------------------------------------------------------
 
 
-def _is_flat(value: Any) -> bool:
+def _is_flat(value: Any, depth: int = 0) -> bool:
     """Whether it can neither change nor hold what can."""
-    if type(value) is tuple:
-        return all(type(item) in _PLAIN or _is_scalar(item) for item in value)
+    if type(value) in (tuple, frozenset):
+        return depth < 10 and all(_is_flat(item, depth + 1) for item in value)
+    if type(value) is int:
+        return value.bit_length() < 10_000  # Python refuses to write longer ones as text.
     return type(value) in _PLAIN or _is_scalar(value)
+
+
+def _is_plain_tree(value: Any, depth: int = 0) -> bool:
+    """Whether it is flat, or a list or dict of what is."""
+    if type(value) in (list, dict) and depth < 10:
+        items = value if type(value) is list else [*value, *value.values()]
+        return all(_is_plain_tree(item, depth + 1) for item in items)
+    return _is_flat(value)
+
+
+def _identity(value: Any) -> list[str] | None:
+    """What tells apart a value that cannot change and is not stored, but may be exchanged; ``None`` for other values."""
+    if isinstance(value, _FUNCTIONS):
+        return [str(getattr(value, name, "")) for name in ("__module__", "__qualname__")]
+    return [*_class_of(value), repr(value)] if type(value) in _CONSTANTS or isinstance(value, PurePath) else None
+
+
+def _has_members(record: dict[str, Any]) -> bool:
+    """Whether members of enumerations are among a dict's keys: what is there may be needed to find them."""
+    return any(isinstance(key, dict) and "enum" in key for key in record.get("keys", ()))
+
+
+def _items_of(value: Any) -> list[Any]:
+    """The items of a container, the keys of a dict, whatever a subclass iterates over."""
+    kinds: Any = (OrderedDict, *_CONTAINERS)
+    return next(list(kind.__iter__(value)) for kind in kinds if isinstance(value, kind))
 
 
 def _is_scalar(value: Any) -> bool:
@@ -554,7 +648,7 @@ def _is_environment(value: Any) -> bool:
 def _is_remote(value: Any) -> bool:
     """Whether it is a vectorised environment whose parts live in other processes."""
     # By its own attributes: a wrapper shows those of what it wraps as if it had them.
-    return hasattr(value, "env_method") and "remotes" in getattr(value, "__dict__", {})
+    return "remotes" in getattr(value, "__dict__", {}) and hasattr(value, "env_method")
 
 
 def _shows(value: Any) -> bool:
@@ -688,7 +782,7 @@ def _slots(kind: type) -> dict[str, Any]:
     if kind not in _SLOTS:
         _SLOTS[kind] = {
             member.__name__: member
-            for base in kind.__mro__
+            for base in reversed(kind.__mro__)  # A slot that is declared again is the subclass's.
             if "__slots__" in vars(base) and base.__module__.split(".")[0] not in sys.stdlib_module_names
             for member in vars(base).values()
             if isinstance(member, types.MemberDescriptorType)
@@ -748,6 +842,14 @@ def _is_array_of(record: dict[str, Any], saved: NDArray[Any], current: Any) -> b
             and tuple(current.shape) == saved.shape
         )
     return isinstance(current, np.ndarray) and (current.dtype, current.shape) == (saved.dtype, saved.shape)
+
+
+def _is_foreign(array: NDArray[Any]) -> bool:
+    """Whether its memory is that of a program in C, such as a simulation's."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return type(base).__name__ == "PyCapsule"
 
 
 def _extent(array: NDArray[Any]) -> tuple[int, int]:

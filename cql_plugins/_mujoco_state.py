@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
 from importlib import import_module
@@ -14,6 +15,9 @@ _LARGE = 2**16
 _STRUCTS = ("opt", "stat", "vis")
 _DERIVED = "bvh_"
 """Bounding volumes of meshes: the largest arrays beside textures, and computed from what has a checksum."""
+_NO_INDEX = re.compile(r".*(contype|conaffinity|group|priority|limited|active0?|castshadow|directional)")
+"""Whole numbers that environments may change. The others point into arrays or tell kinds, and are never written: out of range,
+they would end the process."""
 _OF_WINDOWS = ("vis.global_.", "vis.quality.")
 """Sizes of windows and of what a graphics card gives: a script may ask for others when it goes on."""
 
@@ -61,6 +65,9 @@ def misfits_of_model(model: Any, saved: dict[str, Any]) -> tuple[list[str], list
     own = dict(_values(model))
     sizes = _other_sizes(own, saved)
     changed = [name for name, value in saved["checksums"].items() if name not in own or _checksum(own[name]) != value]
+    changed += [
+        name for name, array in _saved_arrays(saved) if name not in sizes and _points(name, array) and _differ(own[name], array)
+    ]
     return sizes, changed
 
 
@@ -75,7 +82,7 @@ def set_model(model: Any, saved: dict[str, Any]) -> None:
     if _other_sizes(own, saved):
         return
     for name, array in _saved_arrays(saved):
-        if not np.array_equal(_bytes(own[name]), _bytes(array)):
+        if not _points(name, array) and _differ(own[name], array):
             own[name][...] = array
     for name, number in saved["numbers"].items():
         if name in own and own[name] != number:
@@ -116,6 +123,14 @@ def _saved_arrays(saved: dict[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:
         end = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
         yield name, saved["bytes"][start:end].view(dtype).reshape(shape)
         start = end
+
+
+def _points(name: str, array: NDArray[Any]) -> bool:
+    return array.dtype.kind in "iu" and _NO_INDEX.fullmatch(name) is None
+
+
+def _differ(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return not np.array_equal(_bytes(one), _bytes(other))
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:

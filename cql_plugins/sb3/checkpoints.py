@@ -612,7 +612,8 @@ def _require_environments(model: OfflineMixin, archive: Archive) -> None:
     Those that have no place for a part of the state may make it when they reset; where they do not, they start anew.
     """
     archive.unplaced = []
-    for target, state in _states_to_set(model, archive):
+    # The environments last: they may be reset.
+    for target, state in sorted(_states_to_set(model, archive), key=lambda pair: pair[0] is model.env):
         others, unplaced = misfits(target, state, archive.arrays)
         if unplaced and not others and target is model.env and not archive.document["unseen"]:
             with random_states_kept():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import enum
 import errno
 import itertools
@@ -14,8 +15,10 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import types
 import warnings
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
+from numpy.typing import NDArray
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
@@ -32,7 +37,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from cql_plugins._checkpoints import read_archive
-from cql_plugins._env_state import capture_state, restore_state
+from cql_plugins._env_state import capture_state, misfits, restore_state
 from cql_plugins.adapters import OfflineDataset
 from cql_plugins.sb3 import (
     CQL,
@@ -577,7 +582,8 @@ def test_arrays_that_share_memory_share_it_again() -> None:
         np.testing.assert_array_equal(other.all, one.all)
         other.all[1, 2] = 50.0
         assert other.row.tolist() == other.tensor.tolist() == [4.0, 5.0, 50.0, 7.0]
-    assert together.all is held, "whoever else holds it sees it, too"
+    assert together.all is not held
+    assert not held.any(), "whoever else holds it may start from it"
     # The twin: what does not share memory in the run does not share it afterwards.
     state, _ = capture_state(types.SimpleNamespace(first=np.zeros(2), second=np.ones(2)), arrays := {})
     other = types.SimpleNamespace(first=held[0, :2])
@@ -611,6 +617,120 @@ def test_what_has_no_place_or_cannot_be_read_is_named_by_where_it_is() -> None:
 class Part:
     def __init__(self, x: float, behind: Part | None) -> None:
         self.x, self.behind = x, behind
+
+
+_SPACE = spaces.Box(-1.0, 1.0, (2,))
+_LAYOUTS = {"walls": np.zeros(3), "goals": [1, 2]}
+
+
+class Borrower:
+    """Starts from what others hold, and never changes these."""
+
+    def __init__(self, start: NDArray[Any] = np.zeros(2)) -> None:  # noqa: B008 (that is the point)
+        self.action, self.walls, self.goals, self.position = _SPACE.low, _LAYOUTS["walls"], _LAYOUTS["goals"], start
+
+    def move(self) -> None:
+        self.action = np.full(2, 0.5, np.float32)
+        self.walls, self.goals, self.position = self.walls + 1, [*self.goals, 3], self.position + 2
+
+
+def handed_over(one: Any, other: Any) -> tuple[list[str], list[str]]:
+    """Write the state of an object into another; what could not be read, and what had no place."""
+    arrays: dict[str, Any] = {}
+    state, problems = capture_state(one, arrays)
+    return problems, restore_state(other, json.loads(json.dumps(state)), arrays)
+
+
+def test_what_others_hold_too_stays_as_it_is() -> None:
+    one, other = Borrower(), Borrower()
+    one.move()
+    assert handed_over(one, other) == ([], [])
+    assert [other.action.tolist(), other.walls.tolist(), other.goals] == [[0.5, 0.5], [1, 1, 1], [1, 2, 3]]
+    assert other.position.tolist() == [2.0, 2.0]
+    fresh = Borrower()
+    assert [fresh.action.tolist(), fresh.walls.tolist(), fresh.goals] == [[-1.0, -1.0], [0, 0, 0], [1, 2]]
+    assert fresh.position.tolist() == [0.0, 0.0]
+
+
+def test_a_simulation_that_a_viewer_shows_is_read_as_what_it_is() -> None:
+    def make(steps: int) -> Any:
+        env = gym.make("Pendulum-v1")
+        env.reset(seed=1)
+        for _ in range(steps):
+            env.step(np.ones(1, np.float32))
+        # Reached by way of the viewer before the wrappers are.
+        return types.SimpleNamespace(viewer=types.SimpleNamespace(shown=env.unwrapped, noise=itertools.count()), env=env)
+
+    one, other = make(7), make(2)
+    assert handed_over(one, other) == ([], [])
+    assert other.env.unwrapped.state.tolist() == one.env.unwrapped.state.tolist() != make(2).env.unwrapped.state.tolist()
+    one.viewer.shown.unwrapped.noise = itertools.count()
+    assert handed_over(one, other)[0] == ["env.env.env.env.noise (itertools.count)"], "what the environment holds is no show"
+
+
+class Repeated(InSlots):
+    __slots__ = ("other", "value")
+
+
+class Agents(dict):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return iter([[1], [2]])
+
+
+class Odd:
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+def test_odd_objects_are_read_or_named_and_training_goes_on() -> None:
+    def make(on: int) -> Any:
+        class Local(enum.Enum):
+            A = 0
+            B = 1
+
+        slots = Repeated()
+        slots.value, slots.other = on, [on]
+        found = types.SimpleNamespace(
+            slots=slots, agents=Agents(a=on), odd=Odd(), last=on, when=time.localtime(on), keeper=Clock(),
+            best=th.tensor([[on, 9.0 - on]]).max(1),
+            walls={((0, 0), (0, on))}, counts={Local.A: on, Local.B: 2 * on}, path=Path("here"), day=datetime.date(2026, 1, 1),
+            history=[{"step": index, "where": [on]} for index in range(1001)], act=max,
+        )  # fmt: skip
+        found.parent = weakref.proxy(found.keeper)
+        return found
+
+    one, other = make(3), make(1)
+    assert handed_over(one, other) == ([], [])
+    assert (other.slots.value, other.slots.other, dict.__getitem__(other.agents, "a"), other.last) == (3, [3], 3, 3)
+    assert (other.when.tm_sec, other.best.values.tolist(), other.best.indices.tolist()) == (one.when.tm_sec, [6.0], [1])
+    assert other.walls == {((0, 0), (0, 3))}
+    assert other.history == one.history
+    assert {key.name: value for key, value in other.counts.items()} == {"A": 3, "B": 6}
+    assert not other.counts.keys() & one.counts.keys(), "members of a class of its own"
+    one.path, one.act, one.day = Path("there"), min, datetime.date(2026, 1, 2)
+    assert handed_over(one, other) == ([], ["path (PosixPath)", "day (date)", "act (builtin_function_or_method)"])
+    one.big, one.hits = 1 << 20_000, [itertools.count()]
+    problems, left = handed_over(one, make(1))
+    assert problems == ["big (builtins.int)", "hits[0] (itertools.count)"]
+    assert "hits[0] (nothing)" in left
+
+
+def test_an_environment_that_another_makes_in_its_reset_may_come_yet() -> None:
+    arrays: dict[str, Any] = {}
+    state, _ = capture_state(types.SimpleNamespace(inner=gym.make("Pendulum-v1")), arrays)
+    assert misfits(types.SimpleNamespace(inner=None), state, arrays) == ([], ["inner (NoneType)"])
+    others, _ = misfits(types.SimpleNamespace(inner=gym.make("CartPole-v1").unwrapped), state, arrays)
+    assert others == ["inner (CartPoleEnv)"]
+
+
+def test_numbers_of_a_mujoco_model_that_point_into_it_are_never_written() -> None:
+    pytest.importorskip("mujoco")
+    one, other = (gym.make("HalfCheetah-v5").unwrapped.model for _ in range(2))  # type: ignore[attr-defined]
+    before = other.jnt_qposadr.copy()
+    one.jnt_qposadr[1], one.geom_contype[1] = 1 << 29, 3
+    assert handed_over(one, other) == ([], [".jnt_qposadr"])
+    np.testing.assert_array_equal(other.jnt_qposadr, before)
+    assert other.geom_contype[1] == 3
 
 
 class Snake(gym.Env[Any, Any]):
