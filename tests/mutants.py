@@ -343,7 +343,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     ),
     "d3rlpy-best-is-mean": (EVALUATORS, "-found.delta if self._best else", "found.gap if self._best else"),
     "online-over-offline": (PLOTS, '("online", switch)', '("online", 0.0)'),
-    "evaluations-are-online": (PLOTS, "number <= offline[-1]", 'row.get("time/gradient_steps")'),
+    "evaluations-are-online": (PLOTS, '= ["offline"] * len(between)', '= ["online"] * len(between)'),
     "no-wait-in-a-step": (ACTOR_CRITIC, "validate_args=False", "validate_args=True"),
 }
 
