@@ -969,6 +969,27 @@ def test_a_run_goes_on_with_another_number_of_environments(tmp_path: Path, befor
     assert new.num_timesteps >= 100
 
 
+class LateNoise(NormalActionNoise):
+    helper: Any = None
+
+    def __call__(self) -> NDArray[Any]:
+        self.helper = Clock()
+        return super().__call__()
+
+
+def test_environments_are_not_reset_where_something_else_is_refused(tmp_path: Path) -> None:
+    def model() -> Any:
+        noise = LateNoise(np.zeros(1), np.ones(1))
+        return build(CalQL, VecNormalize(DummyVecEnv([lambda: Rocks("one")])), seed=1, learning_starts=5, action_noise=noise)
+
+    Checkpoints(tmp_path, save_freq=10).learn(model(), 20)
+    fresh = model()
+    before = fresh.env.obs_rms.count
+    with pytest.raises(CheckpointError, match="helper"):
+        Checkpoints(tmp_path).resume(fresh)
+    assert fresh.env.obs_rms.count == before
+
+
 @pytest.mark.parametrize("form", ["vector", "goal"])
 def test_the_networks_inputs_are_normalised_as_before_with_another_number_of_environments(tmp_path: Path, form: str) -> None:
     def model(n_envs: int) -> Any:
